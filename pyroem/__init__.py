@@ -1,0 +1,33 @@
+"""pyroem: closed-form EM and gradient MAP for any Pyro program with discrete assignments."""
+
+from pyroem.api import e_step, expected_log_joint, log_joint
+from pyroem.em import EM
+from pyroem.errors import DataError, ModelError, PyroemError, SettingError
+from pyroem.estep.trace import Posterior
+from pyroem.families import Coordinate, Family, exponential_family, register_family
+from pyroem.fit import Fit, Restart
+from pyroem.gradient import MAP
+from pyroem.loop import Record, Status
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EM",
+    "MAP",
+    "Coordinate",
+    "DataError",
+    "Family",
+    "Fit",
+    "ModelError",
+    "Posterior",
+    "PyroemError",
+    "Record",
+    "Restart",
+    "SettingError",
+    "Status",
+    "e_step",
+    "expected_log_joint",
+    "exponential_family",
+    "log_joint",
+    "register_family",
+]

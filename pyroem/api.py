@@ -1,0 +1,80 @@
+"""Functions on a program at given parameters: objective, E-step, expected log-joint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyroem._pyro import isolated
+from pyroem.errors import SettingError
+from pyroem.estep.trace import Posterior, posterior
+from pyroem.mstep.update import expected_sum
+from pyroem.structure import read
+
+Model = Callable[..., Any]
+
+
+def log_joint(
+    model: Model,
+    params: Mapping[str, Any],
+    *args: Any,
+    dtype: torch.dtype = torch.float64,
+    **kwargs: Any,
+) -> Tensor:
+    """``log p(data | params) + log p(params)``, the assignments summed out exactly.
+
+    ``params`` holds a value for every parameter of the program (``pyro.param`` and latent
+    continuous sites), in the constrained space. The result is a scalar, differentiable to any
+    order in ``params``, under autograd and under ``torch.func``.
+    """
+    structure = read(model, args, kwargs, dtype=dtype)
+    values = structure.values(params)
+    with isolated(dtype):
+        trace = structure.enumerate(values)
+        return trace.log_likelihood(trace.tensors()) + structure.log_prior(trace)
+
+
+def e_step(
+    model: Model,
+    params: Mapping[str, Any],
+    *args: Any,
+    dtype: torch.dtype = torch.float64,
+    **kwargs: Any,
+) -> Posterior:
+    """The posterior of the assignments at ``params``; see :class:`Posterior`."""
+    structure = read(model, args, kwargs, dtype=dtype)
+    values = {n: v.detach() for n, v in structure.values(params).items()}
+    with isolated(dtype):
+        return posterior(structure, values)
+
+
+def expected_log_joint(
+    model: Model,
+    params: Mapping[str, Any],
+    expected: Posterior,
+    *args: Any,
+    dtype: torch.dtype = torch.float64,
+    **kwargs: Any,
+) -> Tensor:
+    """``Q(params | old) = E[log p(data, assignments | params)] + log p(params)``.
+
+    ``expected`` is the posterior at the old parameters, from :func:`e_step`. At ``params = old``
+    the gradient of Q is that of :func:`log_joint` (Fisher's identity).
+    """
+    structure = read(model, args, kwargs, dtype=dtype)
+    values = structure.values(params)
+    with isolated(dtype):
+        trace = structure.enumerate(values)
+        total = structure.log_prior(trace)
+        for name, factor in trace.factors.items():
+            weights = expected.weights[name]
+            if weights.shape != factor.tensor.shape:
+                raise SettingError(
+                    f"expected: the weights of site '{name}' have shape {tuple(weights.shape)}, but"
+                    f" the program gives {tuple(factor.tensor.shape)}; was it another data set?"
+                )
+            total = total + expected_sum(weights, factor.tensor) * trace.scale
+        return total

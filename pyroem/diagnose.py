@@ -1,0 +1,84 @@
+"""What is wrong with a point: variances at their floor, states that died."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyroem.mstep.update import Expected
+from pyroem.problem import Problem
+from pyroem.structure import Params
+from pyroem.symmetry import state_groups
+
+DEAD = 1e-3  # rows
+MISSING_FLOOR = 1e-14  # of the data's variance, where the floor is turned off
+
+
+def collapsed(problem: Problem, params: Params) -> list[str]:
+    """The variances that have run to their floor, by parameter and component."""
+    messages, covered = [], set()
+    for name, floor in problem.floors.items():
+        block = problem.plan.blocks[name]
+        clip = block.uses[0].coordinate.clip
+        assert clip is not None and block.form is not None
+        moved = ~torch.isclose(clip(params[name], floor * 1.0001), params[name], rtol=1e-7, atol=0.0)
+        if block.form.event_dim:
+            moved = moved.flatten(-block.form.event_dim).any(-1)
+        covered.update(use.site.name for use in block.uses)
+        if moved.any():
+            site = block.uses[0].site.name
+            messages.append(
+                f"{name}{_where(moved)} (the spread of site '{site}') ran to its floor"
+            )
+    for site in problem.plan.reading.sites.values():
+        if site.family.variance is None or site.scale is None or site.name in covered:
+            continue
+        if any(a.selection is None for a in site.arguments.values()):
+            continue
+        variance = site.family.variance(site.evaluate(params, lambda: None))
+        low = variance <= max(problem.floor, MISSING_FLOOR) * site.scale
+        if low.any():
+            names = sorted({p for a in site.arguments.values() for p in a.parameters})
+            messages.append(
+                f"the variance of site '{site.name}' ran to zero (it depends on {', '.join(names)})"
+            )
+    return messages
+
+
+def dead(problem: Problem, expected: Expected) -> list[str]:
+    """The states of assignments that hold no data, by assignment and component."""
+    messages = []
+    sites = problem.plan.reading.sites
+    for group in state_groups(problem.structure, problem.plan):
+        total = None
+        for z in group.assignments:
+            if z not in sites:
+                continue
+            counts = _counts(problem, z, expected, group.num_states)
+            total = counts if total is None else total + counts
+        if total is None or float(total.sum()) < group.num_states or group.num_states < 2:
+            continue
+        empty = total < DEAD
+        if empty.any():
+            name = group.assignments[0] + ("" if len(group.assignments) == 1 else ", ...")
+            states = ", ".join(str(int(i)) for i in empty.nonzero())
+            messages.append(f"state {states} of assignment '{name}' holds no data")
+    return messages
+
+
+def _counts(problem: Problem, z: str, expected: Expected, num_states: int) -> Tensor:
+    """Expected number of rows in each state."""
+    values = expected.statistics[z].values
+    if values[0].shape[-1:] == (num_states,) and problem.plan.reading.sites[z].family.event_dims[
+        0
+    ] == 1:
+        return values[0].reshape(-1, num_states).sum(0)
+    return torch.stack([values[1].sum(), values[0].sum()])  # failures, successes
+
+
+def _where(flags: Tensor) -> str:
+    if flags.dim() == 0:
+        return ""
+    shown = [", ".join(str(int(i)) for i in row) for row in flags.nonzero()[:5]]
+    more = int(flags.sum()) - len(shown)
+    return "".join(f"[{s}]" for s in shown) + (f" and {more} more" if more > 0 else "")

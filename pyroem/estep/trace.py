@@ -1,0 +1,113 @@
+"""The trace engine: one enumerated Pyro trace for each E-step.
+
+With ``F_s`` the log-probability tensor of site ``s`` and ``log Z`` the contraction of all of them,
+``d log Z / d F_s`` is the posterior probability of each element of ``F_s``: unary for an
+observation, pairwise for a transition, whatever the structure. One backward pass gives all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyroem._pyro import Enumerated
+from pyroem.mstep.plan import Plan
+from pyroem.mstep.update import Expected
+from pyroem.structure import Params, Structure
+
+
+def factor_weights(
+    trace: Enumerated,
+    tensors: Mapping[str, Tensor],
+    *,
+    backend: str = "logsum",
+    row_weights: Tensor | None = None,
+    unit: tuple[str, ...] = (),
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The log-likelihood and its derivative by every factor (packed)."""
+    leaves = {name: t.detach().clone().requires_grad_() for name, t in tensors.items()}
+    with torch.enable_grad():
+        value = trace.log_likelihood(leaves, backend=backend, weights=row_weights, unit=unit)
+        grads = torch.autograd.grad(value, list(leaves.values()))
+    return value.detach(), dict(zip(leaves, grads, strict=True))
+
+
+def expectation(
+    structure: Structure, plan: Plan, params: Params, row_weights: Tensor | None = None
+) -> tuple[Expected, Tensor]:
+    """The E-step at ``params``: what the M-step needs, and the log prior."""
+    with torch.no_grad():
+        trace = structure.enumerate(params)
+        log_prior = structure.log_prior(trace)
+    value, weights = factor_weights(
+        trace, trace.tensors(), row_weights=row_weights, unit=structure.unit
+    )
+    return collect(plan, trace, value, weights), log_prior
+
+
+def collect(
+    plan: Plan, trace: Enumerated, value: Tensor, weights: Mapping[str, Tensor]
+) -> Expected:
+    """Posterior weights to expected sufficient statistics."""
+    unpacked = {name: trace.unpack(name, w) for name, w in weights.items()}
+    statistics = {
+        name: site.expected(unpacked[name]) for name, site in plan.reading.sites.items()
+    }
+    kept = {name: unpacked[name] for name in plan.weighted_sites}
+    return Expected(value, statistics, kept)
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """The posterior of the assignments at given parameters.
+
+    Attributes
+    ----------
+    log_likelihood
+        ``log p(observations | params)``, the assignments summed out.
+    weights
+        For each observation and assignment the posterior probability of every combination of the
+        states that its log-probability depends on, for every row: unary for an observation,
+        pairwise (with its parents) for an assignment. A tensor with dims named by ``axes``.
+    axes
+        For each site in ``weights`` the names of its dims: assignments and plates.
+    marginals
+        For each assignment its posterior probabilities: the plates' dims, then the states.
+    """
+
+    log_likelihood: Tensor
+    weights: dict[str, Tensor]
+    axes: dict[str, tuple[str, ...]]
+    marginals: dict[str, Tensor]
+
+
+def posterior(structure: Structure, params: Params, *, backend: str = "logsum") -> Posterior:
+    """Weights and marginals at ``params``; with ``backend="logmax"`` those of the best assignment."""
+    with torch.no_grad():
+        trace = structure.enumerate(params)
+    value, weights = factor_weights(trace, trace.tensors(), backend=backend)
+    scale = float(trace.scale)
+    weights = {name: w / scale for name, w in weights.items()}
+    marginals = {
+        name: marginal(structure, trace, name, weights[name]) for name in structure.assignments
+    }
+    axes = {name: trace.names(factor.dims) for name, factor in trace.factors.items()}
+    return Posterior(value, weights, axes, marginals)
+
+
+def marginal(structure: Structure, trace: Enumerated, name: str, weights: Tensor) -> Tensor:
+    """Sum an assignment's packed weights over its parents; plates' dims, then states."""
+    dims = trace.factors[name].dims
+    plates = "".join(trace.plates[p] for p in structure.plates[name])
+    wanted = plates + trace.states[name]
+    rest = [i for i, d in enumerate(dims) if d not in wanted]
+    left = "".join(d for d in dims if d in wanted)
+    total = weights.sum(rest) if rest else weights
+    total = total.permute([left.index(d) for d in wanted if d in left])
+    node = trace.trace.nodes[name]
+    sizes = {trace.plates[f.name]: f.size for f in node["cond_indep_stack"] if f.vectorized}
+    sizes[trace.states[name]] = structure.assignments[name]
+    return total.reshape([sizes[d] for d in wanted])

@@ -1,0 +1,68 @@
+"""``Fit.explain()``: in plain words, what was fitted, how, from where, and how it ended."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pyroem.mstep.plan import Rung
+
+if TYPE_CHECKING:
+    from pyroem.fit import Fit
+
+_HOW = {
+    Rung.CLOSED_FORM: "closed form",
+    Rung.ON_STATISTICS: "numerically, on the expected statistics (cost independent of the rows)",
+    Rung.GRADIENT: "by safeguarded ascent steps over the data (generalised EM)",
+    Rung.FIXED: "fixed",
+}
+
+
+def describe(fit: Fit) -> str:
+    """The report, as text."""
+    problem, structure = fit.problem, fit.problem.structure
+    lines = [str(fit), ""]
+    dtype = str(structure.program.dtype).removeprefix("torch.")
+    rows = f"{structure.num_rows} rows" if structure.unit else "no plate of independent rows"
+    plates = f" (plate {', '.join(structure.unit)})" if structure.unit else ""
+    lines += [
+        f"Data: {rows}{plates}, fitted in {dtype}"
+        + ("." if problem.row_weights is None else ", rows weighted."),
+        f"Observations: {', '.join(structure.observations)}.",
+        "Assignments: "
+        + (", ".join(f"{z} ({k} states)" for z, k in _shortened(structure.assignments)) or "none")
+        + ".",
+        "Engine: trace (one enumerated Pyro trace for each pass over the data).",
+        "",
+        "How EM updates each parameter:" if fit.solver.name == "EM" else
+        f"{fit.solver.name} follows the gradient of all parameters; EM would update each:",
+    ]
+    for name in structure.parameters:
+        block = problem.plan.blocks[name]
+        prior = ", prior" if structure.parameters[name].has_prior else ""
+        shape = "x".join(map(str, structure.parameters[name].shape)) or "scalar"
+        lines.append(f"  {name} ({shape}{prior}): {_HOW[block.rung]}: {block.reason}")
+    lines += ["", f"Start: {fit.start}."]
+    if problem.floors:
+        names = ", ".join(problem.floors)
+        lines.append(
+            f"Variance floor: {problem.floor:g} of the data's variance, on {names} (floor=0 turns"
+            " it off)."
+        )
+    lines.append(f"Status: {fit.status}. {fit.status.explanation}")
+    if fit.message:
+        lines.append(f"  {fit.message}")
+    solver = fit.solver
+    lines.append(
+        f"Stopping rule: objective change <= {solver.tol:g} a row and parameter change <="
+        f" {solver.param_tol:g}, {solver.patience} time(s) in a row; at most {solver.max_iter}"
+        " iterations."
+    )
+    if len(fit.restarts) > 1:
+        ends = ", ".join(f"{r.log_joint:.4f} ({r.status})" for r in fit.restarts)
+        lines.append(f"Restarts: {ends}.")
+    return "\n".join(lines)
+
+
+def _shortened(assignments: dict[str, int]) -> list[tuple[str, int]]:
+    items = list(assignments.items())
+    return items if len(items) <= 6 else [*items[:3], ("...", items[0][1]), items[-1]]

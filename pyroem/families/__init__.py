@@ -1,0 +1,155 @@
+"""Exponential families: one short entry each, and the registry that users extend.
+
+A family is what the M-step knows about a distribution: with natural parameters ``eta(args)``,
+statistics ``T(x)`` and log-normaliser ``A(args)``,
+
+    log p(x | args) = <eta(args), T(x)> - A(args) + h(x),
+
+so the expected log-density of weighted data is ``<eta, sum_n w_n T(x_n)> - (sum_n w_n) A``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyroem.errors import SettingError
+from pyroem.families.forms import Coefficients, Form
+
+Arguments = dict[str, Tensor]
+Statistics = tuple[Tensor, ...]
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+@dataclass(frozen=True)
+class Coordinate:
+    """One way in which a program may write an argument, with the kernel it has there.
+
+    Attributes
+    ----------
+    name, argument
+        The coordinate's own name and the canonical argument it is a function of.
+    form
+        The kernel of the expected log-density in this coordinate.
+    coefficients
+        ``(statistics, weight, arguments) -> coefficients`` of that kernel.
+    forward, inverse
+        Argument to coordinate and back.
+    canonical
+        The normalisation that the distribution applies to what it is given (``p / sum(p)``).
+    clip
+        ``(value, variance floor) -> value``: keeps a variance above its floor.
+    """
+
+    name: str
+    argument: str
+    form: Form
+    coefficients: Callable[[Statistics, Tensor, Arguments], Coefficients]
+    forward: Callable[[Tensor], Tensor] = _identity
+    inverse: Callable[[Tensor], Tensor] = _identity
+    canonical: Callable[[Tensor], Tensor] = _identity
+    clip: Callable[[Tensor, Tensor], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """An exponential family.
+
+    Attributes
+    ----------
+    arguments
+        ``distribution -> {name: tensor}``: canonical arguments, broadcast over the batch shape.
+    statistics
+        ``(distribution, x) -> T(x)``: a tuple of tensors over the batch shape, each with its own
+        event dims.
+    log_density
+        ``(arguments, statistics, weight) -> <eta, statistics> - weight A``, over the batch shape.
+    event_dims
+        The number of event dims of each statistic.
+    argument_dims
+        The number of event dims of each argument (0 where not named).
+    coordinates
+        The coordinates that have a closed form; none is fine: the parameters are then found
+        numerically on the statistics.
+    location
+        The argument that shifts with the data (``loc``), so that statistics are taken around the
+        data's mean and lose no digits.
+    variance
+        ``arguments -> variances`` of the event's elements, for the detection of collapse.
+    """
+
+    arguments: Callable[[Any], Arguments]
+    statistics: Callable[[Any, Tensor], Statistics]
+    log_density: Callable[[Arguments, Statistics, Tensor], Tensor]
+    event_dims: tuple[int, ...] = (0,)
+    argument_dims: dict[str, int] | None = None
+    coordinates: tuple[Coordinate, ...] = ()
+    location: str | None = None
+    variance: Callable[[Arguments], Tensor] | None = None
+
+    def dims(self, argument: str) -> int:
+        """The number of event dims of ``argument``."""
+        return (self.argument_dims or {}).get(argument, 0)
+
+
+_REGISTRY: dict[type, Family] = {}
+
+
+def register_family(distribution: type, family: Family) -> None:
+    """Teach the M-step a distribution class (the exact class, not its subclasses).
+
+    The entry is held against the distribution's own ``log_prob`` when a program that uses it is
+    read; a mismatch is an error that names the site.
+    """
+    if not (isinstance(distribution, type) and isinstance(family, Family)):
+        raise SettingError(
+            "register_family: expected a distribution class and a Family, got"
+            f" {distribution!r} and {type(family).__name__}."
+        )
+    _REGISTRY[distribution] = family
+
+
+def family_of(distribution: Any) -> Family | None:
+    """The family registered for the class of a bare distribution."""
+    return _REGISTRY.get(type(distribution))
+
+
+def exponential_family(
+    arguments: tuple[str, ...],
+    statistics: Callable[[Tensor], Statistics],
+    natural: Callable[..., Statistics],
+    log_normaliser: Callable[..., Tensor],
+    coordinates: tuple[Coordinate, ...] = (),
+) -> Family:
+    """A family from its textbook definition, for scalar events.
+
+    ``arguments`` names attributes of the distribution; ``natural`` and ``log_normaliser`` take
+    them in that order::
+
+        register_family(dist.Rayleigh, exponential_family(
+            ("scale",), lambda x: (x**2,), lambda s: (-0.5 * s**-2,), lambda s: 2 * s.log()))
+    """
+
+    def log_density(args: Arguments, stats: Statistics, weight: Tensor) -> Tensor:
+        values = [args[name] for name in arguments]
+        eta = natural(*values)
+        inner = sum((e * s for e, s in zip(eta, stats, strict=True)), torch.zeros(()))
+        return inner - weight * log_normaliser(*values)
+
+    return Family(
+        lambda d: {name: getattr(d, name) for name in arguments},
+        lambda d, x: statistics(x),
+        log_density,
+        coordinates=coordinates,
+        event_dims=(0,) * len(statistics(torch.ones(()))),
+    )
+
+
+from pyroem.families import standard as standard  # noqa: E402  (fills the registry)

@@ -1,0 +1,199 @@
+"""Kernels of one parameter whose maximiser is known.
+
+As a function of one parameter (the others held fixed), the expected log-joint of an exponential
+family is a kernel such as ``a log(t) - b t``. Kernels of one form add by adding their
+coefficients: over rows, over tied components, over sites, and with a conjugate prior, which is a
+kernel of the same form. The M-step is then the form's ``mode``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pyro import distributions as dist
+from torch import Tensor
+
+Coefficients = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Form:
+    """A kernel, its maximiser, and the priors that are kernels of the same form.
+
+    Attributes
+    ----------
+    name, kernel
+        What ``explain()`` calls it, and the kernel as a formula in ``t``.
+    event_dim
+        The number of dims of one parameter block (0 scalar, 1 vector, 2 matrix).
+    coefficient_dims
+        The number of event dims of each coefficient.
+    mode
+        Coefficients to maximiser, block by block; not finite where the coefficients are all zero.
+    conjugate
+        Prior distribution type to its coefficients (a function of the distribution).
+    domain
+        The supports on which the mode is the maximiser: ``"scalar"`` (the kernel is unimodal, so
+        any interval will do: the mode is clipped to it), or names of constraints.
+    """
+
+    name: str
+    kernel: str
+    mode: Callable[..., Tensor]
+    coefficient_dims: tuple[int, ...]
+    event_dim: int = 0
+    conjugate: dict[type, Callable[[Any], Coefficients]] = field(default_factory=dict)
+    domain: tuple[str, ...] = ("scalar",)
+
+
+def _ratio(a: Tensor, b: Tensor) -> Tensor:
+    return a / b
+
+
+def _solve(b: Tensor, a: Tensor) -> Tensor:
+    """``A^-1 b``; NaN where ``A`` is zero."""
+    empty = (a == 0).all(-1).all(-1)
+    eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    solution = torch.linalg.solve(torch.where(empty[..., None, None], eye, a), b.unsqueeze(-1))
+    return torch.where(empty[..., None], torch.nan, solution.squeeze(-1))
+
+
+def _zeros(x: Tensor) -> Tensor:
+    return torch.zeros_like(x)
+
+
+LOCATION = Form(
+    "location",
+    "b t - a t^2 / 2",
+    _ratio,
+    (0, 0),
+    conjugate={dist.Normal: lambda p: (p.loc / p.scale**2, p.scale**-2)},
+)
+VECTOR_LOCATION = Form(
+    "vector location",
+    "b't - t'A t / 2",
+    _solve,
+    (1, 2),
+    event_dim=1,
+    conjugate={
+        dist.MultivariateNormal: lambda p: (
+            (p.precision_matrix @ p.loc.unsqueeze(-1)).squeeze(-1),
+            p.precision_matrix,
+        ),
+        dist.Normal: lambda p: (p.loc / p.scale**2, torch.diag_embed(p.scale**-2)),
+    },
+    domain=("real_vector",),
+)
+RATE = Form(
+    "rate",
+    "a log t - b t",
+    _ratio,
+    (0, 0),
+    conjugate={
+        dist.Gamma: lambda p: (p.concentration - 1, p.rate),
+        dist.Exponential: lambda p: (_zeros(p.rate), p.rate),
+        dist.Chi2: lambda p: (p.df / 2 - 1, torch.full_like(p.df, 0.5)),
+    },
+)
+LOG_RATE = Form("log rate", "a t - b exp(t)", lambda a, b: (a / b).log(), (0, 0))
+INVERSE_RATE = Form(
+    "inverse rate",
+    "-a log t - b / t",
+    lambda a, b: b / a,
+    (0, 0),
+    conjugate={dist.InverseGamma: lambda p: (p.concentration + 1, p.rate)},
+)
+SCALE = Form("scale", "-a log t - b / t^2", lambda a, b: (2 * b / a).sqrt(), (0, 0))
+LOG_SCALE = Form("log scale", "-a t - b exp(-2 t)", lambda a, b: (2 * b / a).log() / 2, (0, 0))
+PROBABILITY = Form(
+    "probability",
+    "a log t + b log(1 - t)",
+    lambda a, b: a / (a + b),
+    (0, 0),
+    conjugate={dist.Beta: lambda p: (p.concentration1 - 1, p.concentration0 - 1)},
+)
+LOGIT = Form("logit", "a t - (a + b) log(1 + exp(t))", lambda a, b: (a / b).log(), (0, 0))
+SIMPLEX = Form(
+    "simplex",
+    "sum_k a_k log t_k",
+    lambda a: a.clamp(min=0) / a.clamp(min=0).sum(-1, keepdim=True),
+    (1,),
+    event_dim=1,
+    conjugate={dist.Dirichlet: lambda p: (p.concentration - 1,)},
+    domain=("simplex", "positive_vector"),
+)
+LOGITS = Form(
+    "logits",
+    "sum_k a_k t_k - (sum_k a_k) log(sum_k exp(t_k))",
+    lambda a: (a / a.sum(-1, keepdim=True)).log(),
+    (1,),
+    event_dim=1,
+    domain=("real_vector",),
+)
+COVARIANCE = Form(
+    "covariance",
+    "-(a log det T + tr(B T^-1)) / 2",
+    lambda a, b: b / a[..., None, None],
+    (0, 2),
+    event_dim=2,
+    domain=("positive_definite",),
+)
+PRECISION = Form(
+    "precision matrix",
+    "(a log det T - tr(B T)) / 2",
+    lambda a, b: inverse(b / a[..., None, None]),
+    (0, 2),
+    event_dim=2,
+    domain=("positive_definite",),
+)
+SCALE_TRIL = Form(
+    "Cholesky factor",
+    "-(a log det TT' + tr(B (TT')^-1)) / 2",
+    lambda a, b: cholesky(b / a[..., None, None]),
+    (0, 2),
+    event_dim=2,
+    domain=("lower_cholesky",),
+)
+
+
+def _definite(x: Tensor) -> Tensor:
+    """Whether each matrix is finite and positive definite."""
+    finite = x.isfinite().all(-1).all(-1)
+    eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    _, info = torch.linalg.cholesky_ex(torch.where(finite[..., None, None], x, eye))
+    return finite & (info == 0)
+
+
+def _guarded(x: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
+    good = _definite(x)[..., None, None]
+    eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    return torch.where(good, f(torch.where(good, x, eye)), torch.nan)
+
+
+def inverse(x: Tensor) -> Tensor:
+    """The inverse of symmetric positive definite matrices; NaN where they are not."""
+    return _guarded(x, lambda m: torch.cholesky_inverse(torch.linalg.cholesky(m)))
+
+
+def cholesky(x: Tensor) -> Tensor:
+    """The Cholesky factor; NaN where a matrix is not positive definite."""
+    return _guarded(x, torch.linalg.cholesky)
+
+
+def clip_eigenvalues(covariance: Tensor, floor: Tensor) -> Tensor:
+    """Raise the eigenvalues of ``D^-1/2 covariance D^-1/2``, ``D = diag(floor)``, to at least one.
+
+    This is the maximiser of the covariance kernel among the matrices that exceed ``D``
+    (blocks ``... D D`` and ``... D``); matrices that exceed it already are returned as they are.
+    """
+    finite = covariance.isfinite().all(-1).all(-1)[..., None, None]
+    root = floor.sqrt()
+    scaled = covariance / (root.unsqueeze(-1) * root.unsqueeze(-2))
+    eye = torch.eye(scaled.shape[-1], dtype=scaled.dtype, device=scaled.device)
+    values, vectors = torch.linalg.eigh(torch.where(finite, scaled, eye))
+    low = (values < 1).any(-1)[..., None, None]
+    lifted = (vectors * values.clamp(min=1).unsqueeze(-2)) @ vectors.mT
+    return torch.where(low & finite, lifted * (root.unsqueeze(-1) * root.unsqueeze(-2)), covariance)

@@ -1,0 +1,326 @@
+"""The families that pyroem ships. Notation: ``w`` = total weight, ``s`` = expected statistics."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from pyro import distributions as dist
+from torch import Tensor
+from torch.distributions.utils import logits_to_probs, probs_to_logits
+from torch.nn.functional import softplus
+
+from pyroem.families import Arguments, Coordinate, Family, Statistics, forms, register_family
+
+LOG_2PI = math.log(2 * math.pi)
+
+
+def _outer(x: Tensor, y: Tensor) -> Tensor:
+    return x.unsqueeze(-1) * y.unsqueeze(-2)
+
+
+# Normal: T(x) = (x, x^2).
+
+
+def _normal_log_density(args: Arguments, s: Statistics, w: Tensor) -> Tensor:
+    loc, scale = args["loc"], args["scale"]
+    return -0.5 * _squares(args, s, w) / scale**2 - w * (scale.log() + 0.5 * LOG_2PI) + 0 * loc
+
+
+def _squares(args: Arguments, s: Statistics, w: Tensor) -> Tensor:
+    """``sum_n w_n (x_n - loc)^2``, kept from going negative by rounding."""
+    loc = args["loc"]
+    return (s[1] - 2 * loc * s[0] + loc**2 * w).clamp(min=0)
+
+
+def _scale_coefficients(s: Statistics, w: Tensor, args: Arguments) -> tuple[Tensor, Tensor]:
+    squares = _squares(args, s, w)
+    return w.expand_as(squares), 0.5 * squares
+
+
+def _half_coefficients(s: Statistics, w: Tensor, args: Arguments) -> tuple[Tensor, Tensor]:
+    weight, half_squares = _scale_coefficients(s, w, args)
+    return 0.5 * weight, half_squares
+
+
+def _normal_location(s: Statistics, w: Tensor, args: Arguments) -> tuple[Tensor, Tensor]:
+    precision = args["scale"] ** -2
+    return s[0] * precision, w * precision
+
+
+register_family(
+    dist.Normal,
+    Family(
+        lambda d: {"loc": d.loc, "scale": d.scale},
+        lambda d, x: (x, x**2),
+        _normal_log_density,
+        event_dims=(0, 0),
+        location="loc",
+        variance=lambda args: args["scale"] ** 2,
+        coordinates=(
+            Coordinate("loc", "loc", forms.LOCATION, _normal_location),
+            Coordinate(
+                "scale",
+                "scale",
+                forms.SCALE,
+                _scale_coefficients,
+                clip=lambda t, floor: torch.maximum(t, floor.sqrt()),
+            ),
+            Coordinate(
+                "variance",
+                "scale",
+                forms.INVERSE_RATE,
+                _half_coefficients,
+                lambda scale: scale**2,
+                lambda variance: variance.sqrt(),
+                clip=torch.maximum,
+            ),
+            Coordinate(
+                "precision",
+                "scale",
+                forms.RATE,
+                _half_coefficients,
+                lambda scale: scale**-2,
+                lambda precision: precision.rsqrt(),
+                clip=lambda t, floor: torch.minimum(t, 1 / floor),
+            ),
+            Coordinate(
+                "log scale",
+                "scale",
+                forms.LOG_SCALE,
+                _scale_coefficients,
+                torch.log,
+                torch.exp,
+                clip=lambda t, floor: torch.maximum(t, floor.log() / 2),
+            ),
+        ),
+    ),
+)
+
+
+# MultivariateNormal: T(x) = (x, x x').
+
+
+def _scatter(args: Arguments, s: Statistics, w: Tensor) -> Tensor:
+    """``sum_n w_n (x_n - loc)(x_n - loc)'``."""
+    loc = args["loc"]
+    cross = _outer(s[0], loc)
+    result = s[1] - cross - cross.mT + _outer(loc, loc) * w[..., None, None]
+    return 0.5 * (result + result.mT)
+
+
+def _multivariate_log_density(args: Arguments, s: Statistics, w: Tensor) -> Tensor:
+    tril = args["scale_tril"]
+    scatter = _scatter(args, s, w)
+    shape = torch.broadcast_shapes(tril.shape, scatter.shape)
+    tril, scatter = tril.expand(shape), scatter.expand(shape)
+    half = torch.linalg.solve_triangular(tril, scatter, upper=False)
+    distance = torch.linalg.solve_triangular(tril, half.mT, upper=False)
+    quadratic = distance.diagonal(dim1=-2, dim2=-1).sum(-1)
+    log_det = tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    return -0.5 * quadratic - w * (log_det + 0.5 * LOG_2PI * tril.shape[-1])
+
+
+def _multivariate_location(s: Statistics, w: Tensor, args: Arguments) -> tuple[Tensor, Tensor]:
+    precision = torch.cholesky_inverse(args["scale_tril"])
+    b = (precision @ s[0].unsqueeze(-1)).squeeze(-1)
+    return b, precision * w[..., None, None]
+
+
+def _covariance_coefficients(s: Statistics, w: Tensor, args: Arguments) -> tuple[Tensor, Tensor]:
+    scatter = _scatter(args, s, w)
+    return w.expand(scatter.shape[:-2]), scatter
+
+
+register_family(
+    dist.MultivariateNormal,
+    Family(
+        lambda d: {"loc": d.loc, "scale_tril": d._unbroadcasted_scale_tril},
+        lambda d, x: (x, _outer(x, x)),
+        _multivariate_log_density,
+        event_dims=(1, 2),
+        argument_dims={"loc": 1, "scale_tril": 2},
+        location="loc",
+        variance=lambda args: args["scale_tril"].diagonal(dim1=-2, dim2=-1) ** 2,
+        coordinates=(
+            Coordinate("loc", "loc", forms.VECTOR_LOCATION, _multivariate_location),
+            Coordinate(
+                "covariance_matrix",
+                "scale_tril",
+                forms.COVARIANCE,
+                _covariance_coefficients,
+                lambda tril: tril @ tril.mT,
+                forms.cholesky,
+                clip=forms.clip_eigenvalues,
+            ),
+            Coordinate(
+                "scale_tril",
+                "scale_tril",
+                forms.SCALE_TRIL,
+                _covariance_coefficients,
+                clip=lambda t, floor: forms.cholesky(forms.clip_eigenvalues(t @ t.mT, floor)),
+            ),
+            Coordinate(
+                "precision_matrix",
+                "scale_tril",
+                forms.PRECISION,
+                _covariance_coefficients,
+                torch.cholesky_inverse,
+                lambda p: forms.cholesky(forms.inverse(p)),
+                clip=lambda t, floor: forms.inverse(
+                    forms.clip_eigenvalues(forms.inverse(t), floor)
+                ),
+            ),
+        ),
+    ),
+)
+
+
+# Bernoulli and Binomial: T(x) = (x, n - x).
+
+
+def _success_coefficients(s: Statistics, w: Tensor, args: Arguments) -> tuple[Tensor, Tensor]:
+    return s[0], s[1]
+
+
+_SUCCESS = (
+    Coordinate(
+        "probs",
+        "logits",
+        forms.PROBABILITY,
+        _success_coefficients,
+        torch.sigmoid,
+        lambda p: probs_to_logits(p, is_binary=True),
+    ),
+    Coordinate("logits", "logits", forms.LOGIT, _success_coefficients),
+)
+
+
+def _binary_log_density(args: Arguments, s: Statistics, w: Tensor) -> Tensor:
+    logits = args["logits"]
+    return -s[0] * softplus(-logits) - s[1] * softplus(logits) + 0 * w
+
+
+register_family(
+    dist.Bernoulli,
+    Family(
+        lambda d: {"logits": d.logits},
+        lambda d, x: (x, 1 - x),
+        _binary_log_density,
+        event_dims=(0, 0),
+        coordinates=_SUCCESS,
+    ),
+)
+register_family(
+    dist.Binomial,
+    Family(
+        lambda d: {"logits": d.logits},
+        lambda d, x: (x, d.total_count - x),
+        _binary_log_density,
+        event_dims=(0, 0),
+        coordinates=_SUCCESS,
+    ),
+)
+
+
+# Categorical, OneHotCategorical, Multinomial: T(x) = counts of each category.
+
+
+def _count_coefficients(s: Statistics, w: Tensor, args: Arguments) -> tuple[Tensor]:
+    return (s[0],)
+
+
+def _count_log_density(args: Arguments, s: Statistics, w: Tensor) -> Tensor:
+    return (s[0] * args["logits"]).sum(-1) + 0 * w
+
+
+_CATEGORIES = (
+    Coordinate(
+        "probs",
+        "logits",
+        forms.SIMPLEX,
+        _count_coefficients,
+        logits_to_probs,
+        probs_to_logits,
+        canonical=lambda p: p / p.sum(-1, keepdim=True),
+    ),
+    Coordinate(
+        "logits",
+        "logits",
+        forms.LOGITS,
+        _count_coefficients,
+        canonical=lambda t: t - t.logsumexp(-1, keepdim=True),
+    ),
+)
+
+
+def _one_hot(d: dist.Categorical, x: Tensor) -> Statistics:
+    states = torch.arange(d.logits.shape[-1], device=x.device)
+    return ((x.unsqueeze(-1) == states).to(d.logits.dtype),)
+
+
+for _class, _statistics in (
+    (dist.Categorical, _one_hot),
+    (dist.OneHotCategorical, lambda d, x: (x,)),
+    (dist.Multinomial, lambda d, x: (x,)),
+):
+    register_family(
+        _class,
+        Family(
+            lambda d: {"logits": d.logits},
+            _statistics,
+            _count_log_density,
+            event_dims=(1,),
+            argument_dims={"logits": 1},
+            coordinates=_CATEGORIES,
+        ),
+    )
+
+
+# Poisson and Exponential: a log(rate) - b rate, with the roles of weight and data exchanged.
+
+
+def _poisson_coefficients(s: Statistics, w: Tensor, args: Arguments) -> tuple[Tensor, Tensor]:
+    return s[0], w
+
+
+def _exponential_coefficients(s: Statistics, w: Tensor, args: Arguments) -> tuple[Tensor, Tensor]:
+    return w, s[0]
+
+
+register_family(
+    dist.Poisson,
+    Family(
+        lambda d: {"rate": d.rate},
+        lambda d, x: (x,),
+        lambda args, s, w: torch.xlogy(s[0], args["rate"]) - w * args["rate"],
+        coordinates=(
+            Coordinate("rate", "rate", forms.RATE, _poisson_coefficients),
+            Coordinate(
+                "log rate", "rate", forms.LOG_RATE, _poisson_coefficients, torch.log, torch.exp
+            ),
+        ),
+    ),
+)
+register_family(
+    dist.Exponential,
+    Family(
+        lambda d: {"rate": d.rate},
+        lambda d, x: (x,),
+        lambda args, s, w: torch.xlogy(w, args["rate"]) - s[0] * args["rate"],
+        coordinates=(
+            Coordinate("rate", "rate", forms.RATE, _exponential_coefficients),
+            Coordinate(
+                "mean",
+                "rate",
+                forms.INVERSE_RATE,
+                _exponential_coefficients,
+                torch.reciprocal,
+                torch.reciprocal,
+            ),
+            Coordinate(
+                "log rate", "rate", forms.LOG_RATE, _exponential_coefficients, torch.log, torch.exp
+            ),
+        ),
+    ),
+)

@@ -1,0 +1,214 @@
+"""The only loop: steps of a solver, the stopping rule, and an honest status."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from pyroem.problem import Problem
+from pyroem.structure import Params
+
+
+class Status(Enum):
+    """How a fit ended. Only ``CONVERGED`` is a success."""
+
+    CONVERGED = "converged"
+    MAX_ITER = "max_iter"
+    DECREASED = "decreased"
+    NON_FINITE = "non_finite"
+    DEGENERATE = "degenerate"
+    SYMMETRIC = "symmetric"
+    INTERRUPTED = "interrupted"
+
+    @property
+    def explanation(self) -> str:
+        """What the status means, in a sentence."""
+        return _EXPLANATIONS[self]
+
+    def __str__(self) -> str:
+        return self.value.replace("_", " ")
+
+
+_EXPLANATIONS = {
+    Status.CONVERGED: "The objective and the parameters stopped changing.",
+    Status.MAX_ITER: "The iterations ran out before the fit settled; raise max_iter.",
+    Status.DECREASED: "An iteration lowered the objective by more than rounding; the point before"
+    " it is returned.",
+    Status.NON_FINITE: "The objective or a parameter became NaN or infinite; the last finite point"
+    " is returned.",
+    Status.DEGENERATE: "A component collapsed: a variance at its floor, or a state without data.",
+    Status.SYMMETRIC: "The states started alike and stayed so: a saddle, not an optimum. Give init"
+    " values that differ by state, or init='auto'.",
+    Status.INTERRUPTED: "The fit was interrupted; the best point so far is returned.",
+}
+
+
+class Record(NamedTuple):
+    """One line of a fit's history. ``passes`` counts evaluations of the program over the data."""
+
+    iteration: int
+    log_joint: float
+    seconds: float
+    passes: int
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a solver stands: a point, its objective, and what the next step needs (``memory``)."""
+
+    params: Params
+    log_joint: float
+    passes: int
+    memory: Any = None
+
+
+class Stepper(Protocol):
+    """What the loop needs of a solver."""
+
+    @property
+    def monotone(self) -> bool:
+        """Whether a step that lowers the objective is an error."""
+        ...
+
+    @property
+    def patience(self) -> int:
+        """For how many iterations in a row the stopping rule must hold."""
+        ...
+
+    def begin(self, problem: Problem, params: Params) -> State:
+        """The state at the start."""
+        ...
+
+    def step(self, problem: Problem, state: State) -> State:
+        """One iteration."""
+        ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The end of one run from one start."""
+
+    state: State
+    status: Status
+    history: tuple[Record, ...]
+    message: str = ""
+
+
+def iterate(
+    problem: Problem,
+    solver: Stepper,
+    params: Params,
+    *,
+    tol: float,
+    param_tol: float,
+    max_iter: int,
+    progress: bool = False,
+    label: str = "",
+) -> Outcome:
+    """Step until the objective changes by less than ``tol`` a row and every parameter by less than
+    ``param_tol`` of its size, ``solver.patience`` times in a row.
+
+    Never raises for a bad fit: the status says what happened. The best point seen is returned.
+    """
+    clock = time.perf_counter()
+    state = solver.begin(problem, params)
+    best = state
+    history = [Record(0, state.log_joint, time.perf_counter() - clock, state.passes)]
+    if not _finite(state):
+        message = f"the objective at the start is {state.log_joint}"
+        return Outcome(state, Status.NON_FINITE, tuple(history), message)
+    noise = 1e-10 if problem.structure.program.dtype == torch.float64 else 2e-5
+    status, message, calm = Status.MAX_ITER, "", 0
+    show = _Progress(label, max_iter) if progress else None
+    try:
+        for iteration in range(1, max_iter + 1):
+            new = solver.step(problem, state)
+            record = Record(iteration, new.log_joint, time.perf_counter() - clock, new.passes)
+            if not _finite(new):
+                status, message = Status.NON_FINITE, _culprit(new)
+                break
+            slack = noise * max(1.0, abs(state.log_joint))
+            change = new.log_joint - state.log_joint
+            if solver.monotone and change < -slack:
+                status = Status.DECREASED
+                message = f"iteration {iteration} lowered the objective by {-change:.3g}"
+                break
+            history.append(record)
+            moved = movement(new.params, state.params)
+            state = new
+            if state.log_joint > best.log_joint:
+                best = state
+            if show is not None:
+                show(record, change / problem.rows)
+            settled = abs(change) / problem.rows <= max(tol, _resolution(problem, state, noise))
+            calm = calm + 1 if settled and moved <= param_tol else 0
+            if calm >= solver.patience:
+                status = Status.CONVERGED
+                break
+    except KeyboardInterrupt:
+        status = Status.INTERRUPTED
+    if show is not None:
+        show.close()
+    last = state if state.log_joint >= best.log_joint - noise * abs(best.log_joint) else best
+    return Outcome(last, status, tuple(history), message)
+
+
+def _resolution(problem: Problem, state: State, noise: float) -> float:
+    """In float32 the objective itself is known to so much a row only."""
+    if problem.structure.program.dtype == torch.float64:
+        return 0.0
+    return 1e-2 * noise * abs(state.log_joint) / problem.rows
+
+
+def _finite(state: State) -> bool:
+    return abs(state.log_joint) < float("inf") and all(
+        bool(v.isfinite().all()) for v in state.params.values()
+    )
+
+
+def _culprit(state: State) -> str:
+    bad = [n for n, v in state.params.items() if not v.isfinite().all()]
+    if bad:
+        return f"parameter '{bad[0]}' is not finite"
+    return f"the objective became {state.log_joint}"
+
+
+def movement(new: Params, old: Params) -> float:
+    """The largest change of any parameter, relative to the parameter's own largest element."""
+
+    def relative(a: Tensor, b: Tensor) -> float:
+        if not a.numel():
+            return 0.0
+        size = torch.maximum(a.abs().max(), b.abs().max())
+        return float((a - b).abs().max() / size) if size > 0 else 0.0
+
+    return max((relative(new[n], old[n]) for n in new), default=0.0)
+
+
+class _Progress:
+    """One line on stderr, rewritten at most ten times a second."""
+
+    def __init__(self, label: str, max_iter: int) -> None:
+        self.label, self.max_iter, self.last = label, max_iter, 0.0
+
+    def __call__(self, record: Record, change: float) -> None:
+        now = time.monotonic()
+        if now - self.last > 0.1:
+            self.last = now
+            sys.stderr.write(
+                f"\r{self.label} iteration {record.iteration}/{self.max_iter}"
+                f"  log_joint {record.log_joint:.6f}  change/row {change:.2e}"
+                f"  {record.seconds:.1f} s "
+            )
+            sys.stderr.flush()
+
+    def close(self) -> None:
+        sys.stderr.write("\n")
+
+

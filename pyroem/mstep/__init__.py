@@ -1,0 +1,1 @@
+"""The M-step: how each block of parameters is updated from expected sufficient statistics."""

@@ -1,0 +1,215 @@
+"""The ladder: for each parameter the first rung that holds, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from pyro import distributions as dist
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyroem._pyro import unwrap
+from pyroem.families import Coordinate
+from pyroem.families.forms import Form
+from pyroem.mstep.sites import Reading, SiteModel, read_sites
+from pyroem.structure import Parameter, Structure, check_names
+
+
+class Rung(Enum):
+    """How a parameter is updated in the M-step."""
+
+    CLOSED_FORM = "closed form"
+    ON_STATISTICS = "on statistics"
+    GRADIENT = "gradient"
+    FIXED = "fixed"
+
+
+@dataclass(frozen=True)
+class Use:
+    """A place where a parameter's blocks stand unchanged as an argument of a site."""
+
+    site: SiteModel
+    coordinate: Coordinate
+    cells: Tensor
+
+
+@dataclass(frozen=True)
+class Block:
+    """One parameter's entry in the plan."""
+
+    name: str
+    rung: Rung
+    reason: str
+    form: Form | None = None
+    uses: tuple[Use, ...] = ()
+    lower: float = -torch.inf
+    upper: float = torch.inf
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an M-step does, in order: closed forms, then the numerical blocks."""
+
+    structure: Structure
+    reading: Reading
+    blocks: dict[str, Block]
+
+    def on(self, rung: Rung) -> list[Block]:
+        """The blocks on one rung, in the order of their update."""
+        return [block for block in self.blocks.values() if block.rung is rung]
+
+    @property
+    def weighted_sites(self) -> frozenset[str]:
+        """The sites whose posterior weights, not only statistics, the M-step needs."""
+        gradient = {b.name for b in self.on(Rung.GRADIENT)}
+        return frozenset(s for s, d in self.reading.dependence.items() if d & gradient)
+
+
+def make_plan(structure: Structure, fixed: Iterable[str] = ()) -> Plan:
+    """Read the sites and put every parameter on the first rung that holds."""
+    fixed = frozenset(fixed)
+    check_names(fixed, structure.parameters, "fixed")
+    reading = read_sites(structure)
+    blocks = {}
+    for name, parameter in structure.parameters.items():
+        if name in fixed:
+            blocks[name] = Block(name, Rung.FIXED, "held at its start, as asked")
+        else:
+            blocks[name] = _place(structure, reading, parameter)
+    # Locations first: a scale is then found around the new location, which is exact.
+    order = sorted(blocks.values(), key=lambda b: b.form is None or not _is_location(b))
+    return Plan(structure, reading, {b.name: b for b in order})
+
+
+def _is_location(block: Block) -> bool:
+    return any(u.coordinate.argument == u.site.family.location for u in block.uses)
+
+
+def _place(structure: Structure, reading: Reading, parameter: Parameter) -> Block:
+    name = parameter.name
+    touched = [s for s, depends in reading.dependence.items() if name in depends]
+    without = [s for s in touched if s not in reading.sites]
+    if without:
+        site = reading.traces[0].trace.nodes[without[0]]
+        kind = type(unwrap(site["fn"])[0]).__name__
+        if without[0] in structure.parameters:
+            reason = f"the prior of '{without[0]}' depends on an assignment"
+        else:
+            reason = f"no exponential family is registered for {kind} (site '{without[0]}')"
+        return Block(name, Rung.GRADIENT, reason)
+    closed = _closed(structure, reading, parameter, touched)
+    if closed.rung is Rung.CLOSED_FORM:
+        return closed
+    for s in touched:
+        site = reading.sites[s]
+        if site.along_rows:
+            argument = next(a for a in site.arguments.values() if a.varies & site.unit_dims)
+            plate = "', '".join(structure.unit)
+            reason = f"argument {argument.name} of site '{s}' varies along plate '{plate}'"
+            return Block(name, Rung.GRADIENT, reason)
+    return closed
+
+
+def _closed(
+    structure: Structure, reading: Reading, parameter: Parameter, touched: list[str]
+) -> Block:
+    """The closed form, or a block on the statistics with the reason why there is none."""
+    name = parameter.name
+
+    def numeric(reason: str) -> Block:
+        return Block(name, Rung.ON_STATISTICS, reason)
+
+    hyper = [p for p, depends in reading.prior_dependence.items() if name in depends]
+    if hyper:
+        return numeric(f"the prior of '{hyper[0]}' depends on it")
+    uses = []
+    for s in touched:
+        for argument in reading.sites[s].arguments.values():
+            if name not in argument.parameters:
+                continue
+            if argument.selection is None:
+                return numeric(
+                    f"argument {argument.name} of site '{s}' is a function of it, not a selection"
+                )
+            cells = argument.selection.cells_of(name)
+            uses.append(Use(reading.sites[s], argument.selection.coordinate, cells))
+    if not uses:
+        return numeric("no argument depends on it")
+    form = uses[0].coordinate.form
+    other = next((u for u in uses if u.coordinate.form is not form), None)
+    if other is not None:
+        return numeric(
+            f"it stands as {uses[0].coordinate.name} in site '{uses[0].site.name}' and as"
+            f" {other.coordinate.name} in site '{other.site.name}'"
+        )
+    bounds = bounds_of(parameter, form)
+    if bounds is None:
+        return numeric(f"its constraint {parameter.constraint} does not suit the {form.name} kernel")
+    where = ", ".join(dict.fromkeys(f"{u.coordinate.name} of site '{u.site.name}'" for u in uses[:3]))
+    if len(uses) > 3:
+        where += f" and {len(uses) - 3} more sites"
+    reason = f"{form.name} kernel ({where})"
+    if parameter.has_prior:
+        prior = reading.traces[0].trace.nodes[name]
+        base, _, masks = unwrap(prior["fn"])
+        kind = type(base).__name__
+        if type(base) is dist.Uniform and form.event_dim == 0:
+            reason += ", Uniform prior: clipped to its bounds"
+        elif type(base) in form.conjugate and not masks and prior["mask"] is None:
+            reason += f", conjugate {kind} prior"
+        else:
+            return numeric(f"the {kind} prior is not conjugate to the {form.name} kernel")
+    return Block(name, Rung.CLOSED_FORM, reason, form, tuple(uses), *bounds)
+
+
+def bounds_of(parameter: Parameter, form: Form) -> tuple[float, float] | None:
+    """The interval of a scalar kernel, or ``(-inf, inf)`` where a block's constraint suits it."""
+    constraint, events = parameter.constraint, 0
+    while isinstance(constraint, constraints.independent):
+        events += constraint.reinterpreted_batch_ndims
+        constraint = constraint.base_constraint
+    if "scalar" in form.domain:
+        return _interval(constraint)
+    kinds: dict[str, Any] = {
+        "simplex": constraints.simplex,
+        "positive_definite": constraints.positive_definite,
+        "lower_cholesky": (constraints.lower_cholesky, dist.constraints.softplus_lower_cholesky),
+    }
+    for domain in form.domain:
+        if domain == "real_vector" and _interval(constraint) == (-torch.inf, torch.inf):
+            return -torch.inf, torch.inf
+        if domain == "positive_vector" and _interval(constraint) == (0.0, torch.inf):
+            return -torch.inf, torch.inf
+        wanted = kinds.get(domain, ())
+        if constraint in (wanted if isinstance(wanted, tuple) else (wanted,)):
+            return -torch.inf, torch.inf
+    return None
+
+
+def _interval(constraint: Any) -> tuple[float, float] | None:
+    """The bounds of an elementwise constraint; None where it is none."""
+    if constraint in (constraints.real, constraints.real_vector):
+        return -torch.inf, torch.inf
+    if constraint in (constraints.positive, constraints.nonnegative,
+                      dist.constraints.softplus_positive):
+        return 0.0, torch.inf
+    lower = getattr(constraint, "lower_bound", None)
+    upper = getattr(constraint, "upper_bound", None)
+    known = (constraints.greater_than, constraints.greater_than_eq, constraints.less_than,
+             constraints.interval, constraints.half_open_interval)
+    if not isinstance(constraint, tuple(k for k in known if isinstance(k, type))):
+        return None
+    bounds = [torch.as_tensor(b) for b in (lower, upper) if b is not None]
+    if any(b.numel() != 1 for b in bounds):
+        return None
+    return (
+        -torch.inf if lower is None else float(lower),
+        torch.inf if upper is None else float(upper),
+    )
+
+
+__all__ = ["Block", "Plan", "Rung", "Use", "bounds_of", "make_plan"]

@@ -1,0 +1,109 @@
+"""Recognising a selection: an argument whose blocks are blocks of parameters, unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyroem.families import Coordinate
+
+TOLERANCE = 1e-8
+
+
+@dataclass(frozen=True)
+class Selection:
+    """``argument = inverse(bank[index])``, where ``bank`` stacks parameters' blocks and constants.
+
+    ``index`` has the cell dims of the argument; ``offsets`` gives each parameter's first row in
+    the bank; rows after the last parameter are ``constants``.
+    """
+
+    coordinate: Coordinate
+    index: Tensor
+    offsets: dict[str, int]
+    sizes: dict[str, int]
+    constants: Tensor
+
+    def argument(self, params: Mapping[str, Tensor]) -> Tensor:
+        """The argument at ``params``."""
+        blocks = [self.coordinate.canonical(as_blocks(params[n], self.constants.dim() - 1))
+                  for n in self.offsets]
+        bank = self.coordinate.inverse(torch.cat([*blocks, self.constants]))
+        return bank[self.index]
+
+    def cells_of(self, name: str) -> Tensor:
+        """For each cell the block of parameter ``name`` that stands there, or -1."""
+        local = self.index - self.offsets[name]
+        return torch.where((local >= 0) & (local < self.sizes[name]), local, -1)
+
+
+def as_blocks(value: Tensor, event_dim: int) -> Tensor:
+    """Flatten the batch dims of a parameter."""
+    return value.reshape((-1, *value.shape[value.dim() - event_dim:]))
+
+
+def find(
+    coordinate: Coordinate,
+    arguments: tuple[Tensor, Tensor],
+    params: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
+    names: list[str],
+) -> Selection | None:
+    """The selection that explains an argument at both of two random probes, if there is one."""
+    event_dim = coordinate.form.event_dim
+    cells = tuple(coordinate.forward(a) for a in arguments)
+    rank = cells[0].dim() - event_dim
+    shape, event = cells[0].shape[:rank], cells[0].shape[rank:]
+    flat = tuple(as_blocks(c, event_dim) for c in cells)
+    index = torch.full((flat[0].shape[0],), -1)
+    offsets: dict[str, int] = {}
+    sizes: dict[str, int] = {}
+    total = 0
+    for name in names:
+        if params[0][name].dim() < event_dim or (
+            event_dim and params[0][name].shape[-event_dim:] != event
+        ):
+            return None
+        blocks = tuple(coordinate.canonical(as_blocks(p[name], event_dim)) for p in params)
+        found = _match(flat[0], blocks[0])
+        found = torch.where(_equal(flat[0], blocks[0], found), found, -1)
+        found = torch.where(_equal(flat[1], blocks[1], found), found, -1)
+        index = torch.where((index < 0) & (found >= 0), found + total, index)
+        offsets[name], sizes[name] = total, blocks[0].shape[0]
+        total += blocks[0].shape[0]
+    free = index < 0
+    if free.any():
+        gap = (flat[0] - flat[1]).abs().flatten(1).amax(1) if event_dim else (flat[0] - flat[1]).abs()
+        if (gap[free] > 0).any():
+            return None
+    constants = flat[0][free]
+    index[free] = total + torch.arange(int(free.sum()))
+    return Selection(coordinate, index.reshape(shape), offsets, sizes, constants)
+
+
+def _signature(blocks: Tensor) -> Tensor:
+    """A random linear function of each block, the same for equal blocks."""
+    flat = blocks.reshape(blocks.shape[0], -1)
+    generator = torch.Generator().manual_seed(7)
+    direction = torch.rand(flat.shape[1], generator=generator, dtype=torch.float64) + 0.5
+    return flat @ direction.to(flat)
+
+
+def _match(cells: Tensor, blocks: Tensor) -> Tensor:
+    """For each cell the index of the block with the nearest signature."""
+    ordered, order = _signature(blocks).sort()
+    wanted = _signature(cells)
+    right = torch.searchsorted(ordered, wanted.contiguous()).clamp(max=len(ordered) - 1)
+    left = (right - 1).clamp(min=0)
+    nearer = (wanted - ordered[left]).abs() <= (wanted - ordered[right]).abs()
+    return order[torch.where(nearer, left, right)]
+
+
+def _equal(cells: Tensor, blocks: Tensor, index: Tensor) -> Tensor:
+    candidate = blocks[index.clamp(min=0)]
+    gap = (cells - candidate).abs().reshape(len(cells), -1).amax(1)
+    size = candidate.abs().reshape(len(cells), -1).amax(1)
+    tolerance = TOLERANCE if cells.dtype == torch.float64 else 1e-4
+    return (index >= 0) & (gap <= tolerance * size)

@@ -1,0 +1,339 @@
+"""What the M-step knows of each site: its family, its arguments and how they hang on parameters.
+
+All of it is read by probing: the program is run at two random points of the parameter space and
+once for each parameter moved alone, and the distributions' arguments are compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyroem._pyro import Enumerated, isolated, unwrap
+from pyroem.errors import ModelError
+from pyroem.families import Arguments, Family, family_of
+from pyroem.mstep.selection import Selection, find
+from pyroem.statistics import SiteStatistics, weighted_sum
+from pyroem.structure import Params, Structure, base_mask
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One canonical argument: along which batch dims it differs, and on which parameters it hangs."""
+
+    name: str
+    event_dim: int
+    varies: frozenset[int]
+    parameters: frozenset[str]
+    selection: Selection | None
+
+
+@dataclass(frozen=True)
+class SiteModel:
+    """A site with a family. Batch dims are counted from the left of ``shape``.
+
+    ``statistics`` holds ``T(x - centre)``, which depends on the data alone; ``scale`` is the data's
+    variance, the yardstick of the variance floor.
+    """
+
+    name: str
+    family: Family
+    shape: tuple[int, ...]
+    events: int
+    arguments: dict[str, Argument]
+    sufficient: tuple[Tensor, ...]
+    mask: Tensor | None
+    centre: Tensor | None
+    scale: Tensor | None
+    unit_dims: frozenset[int]
+
+    @property
+    def keep(self) -> frozenset[int]:
+        """The batch dims along which any argument varies: the cells' dims."""
+        return frozenset().union(*(a.varies for a in self.arguments.values()))
+
+    @property
+    def along_rows(self) -> bool:
+        """Whether an argument varies along the rows' plates."""
+        return bool(self.keep & self.unit_dims)
+
+    def expected(self, weights: Tensor) -> SiteStatistics:
+        """Expected statistics under posterior ``weights`` (Pyro's layout)."""
+        w = weights.reshape(weights.shape + (1,) * self.events)
+        w = w.reshape((1,) * (len(self.shape) - w.dim()) + w.shape)
+        if self.mask is not None:
+            w = w * self.mask
+        one = torch.ones((1,) * len(self.shape), dtype=w.dtype, device=w.device)
+        weight = weighted_sum(w, one, self.shape, self.keep)
+        values = tuple(weighted_sum(w, t, self.shape, self.keep) for t in self.sufficient)
+        return SiteStatistics(weight, values)
+
+    def evaluate(self, params: Mapping[str, Tensor], base: Callable[[], Any]) -> Arguments:
+        """The arguments at ``params``; ``base`` gives the program's own distribution if needed."""
+        result, direct = {}, None
+        for name, argument in self.arguments.items():
+            if argument.selection is not None:
+                result[name] = argument.selection.argument(params)
+            else:
+                if direct is None:
+                    direct = self.family.arguments(base())
+                result[name] = narrow(direct[name], argument.event_dim, len(self.shape),
+                                      argument.varies)
+        return result
+
+    def centred(self, arguments: Arguments) -> Arguments:
+        """The arguments, with the location counted from the centre of the data."""
+        if self.family.location is None:
+            return arguments
+        shifted = arguments[self.family.location] - self.centre
+        return {**arguments, self.family.location: shifted}
+
+    def expected_log_density(self, arguments: Arguments, statistics: SiteStatistics) -> Tensor:
+        """``sum over cells of <eta, statistics> - weight A`` (without the base measure)."""
+        density = self.family.log_density(
+            self.centred(arguments), statistics.values, statistics.weight
+        )
+        return density.sum()
+
+
+def pad(x: Tensor, rank: int, event_dim: int) -> Tensor:
+    """Batch dims of size one on the left, up to ``rank``."""
+    return x.reshape((1,) * (rank + event_dim - x.dim()) + x.shape)
+
+
+def narrow(x: Tensor, event_dim: int, rank: int, varies: frozenset[int]) -> Tensor:
+    """Cut the batch dims along which ``x`` does not vary down to size one."""
+    x = pad(x, rank, event_dim)
+    for dim in range(rank):
+        if dim not in varies and x.shape[dim] > 1:
+            x = x.narrow(dim, 0, 1)
+    return x
+
+
+def probe(structure: Structure, seed: int) -> Params:
+    """A random point of the parameter space, in the neighbourhood of the program's own values."""
+    generator = torch.Generator().manual_seed(seed)
+    point = {}
+    for name, parameter in structure.parameters.items():
+        raw = parameter.unconstrain(parameter.value).clamp(-5, 5)
+        noise = torch.rand(raw.shape, generator=generator, dtype=torch.float64) - 0.5
+        point[name] = parameter.constrain(raw + noise.to(raw))
+    return point
+
+
+def _varying(a: Tensor, event_dim: int, rank: int) -> frozenset[int]:
+    a = pad(a.detach(), rank, event_dim)
+    found = set()
+    for dim in range(rank):
+        if a.shape[dim] > 1:
+            first = a.narrow(dim, 0, 1)
+            if ((a - first).abs() > 1e-12 * (a.abs() + first.abs())).any():
+                found.add(dim)
+    return frozenset(found)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """All that probing found.
+
+    ``sites`` are those with a family; ``dependence`` gives, for every factor site and every prior,
+    the parameters it depends on (a prior's own value apart).
+    """
+
+    sites: dict[str, SiteModel]
+    dependence: dict[str, frozenset[str]]
+    prior_dependence: dict[str, frozenset[str]]
+    traces: tuple[Enumerated, Enumerated]
+    points: tuple[Params, Params]
+
+
+def read_sites(structure: Structure) -> Reading:
+    """Probe the program."""
+    with isolated(structure.program.dtype, 0), torch.no_grad():
+        points = (probe(structure, 1), probe(structure, 2))
+        traces = tuple(structure.enumerate(p) for p in points)
+        moved = {
+            name: structure.enumerate({**points[0], name: points[1][name]})
+            for name in structure.parameters
+        }
+        dependence = {
+            site: frozenset(
+                name for name in moved
+                if not _same(factor.tensor, moved[name].factors[site].tensor)
+            )
+            for site, factor in traces[0].factors.items()
+        }
+        prior_dependence = _prior_dependence(structure, traces[0], moved)
+        sites = {}
+        for name in structure.factor_sites:
+            site = _read_site(structure, name, points, traces, moved)
+            if site is not None:
+                sites[name] = site
+        sites = {n: sites[n] for n in traces[0].factors if n in sites}  # program order
+        sites = _scaled(sites, traces[0])
+    return Reading(sites, dependence, prior_dependence, (traces[0], traces[1]), points)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def _prior_dependence(
+    structure: Structure, reference: Enumerated, moved: Mapping[str, Enumerated]
+) -> dict[str, frozenset[str]]:
+    """The parameters that each prior's own arguments depend on."""
+    result = {}
+    for name, parameter in structure.parameters.items():
+        if not parameter.has_prior or name in structure.factor_sites:
+            continue
+        site = reference.trace.nodes[name]
+        here = site["fn"].log_prob(site["value"])
+        result[name] = frozenset(
+            other for other, trace in moved.items()
+            if other != name
+            and not _same(here, trace.trace.nodes[name]["fn"].log_prob(site["value"]))
+        )
+    return result
+
+
+def _read_site(
+    structure: Structure,
+    name: str,
+    points: tuple[Params, Params],
+    traces: tuple[Enumerated, ...],
+    moved: Mapping[str, Enumerated],
+) -> SiteModel | None:
+    nodes = [t.trace.nodes[name] for t in traces]
+    base, events, _ = unwrap(nodes[0]["fn"])
+    family = family_of(base)
+    value = nodes[0]["value"]
+    if family is None or name in structure.parameters or not _same(value, nodes[1]["value"]):
+        return None
+    fn = nodes[0]["fn"]
+    batch = tuple(fn.batch_shape + fn.event_shape[:events])
+    own = tuple(value.shape[: value.dim() - len(base.event_shape)])
+    mask = base_mask(nodes[0]) if name not in structure.assignments else None
+    shape = tuple(torch.broadcast_shapes(batch, own, mask.shape if mask is not None else ()))
+    rank = len(shape)
+    try:
+        canonical = [family.arguments(unwrap(n["fn"])[0]) for n in nodes]
+    except AttributeError as error:
+        raise ModelError(f"Site '{name}': the family of {type(base).__name__}: {error}") from error
+    others = {p: family.arguments(unwrap(t.trace.nodes[name]["fn"])[0]) for p, t in moved.items()}
+    arguments = {}
+    for key, first in canonical[0].items():
+        event_dim = family.dims(key)
+        second = canonical[1][key]
+        varies = _varying(first, event_dim, rank) | _varying(second, event_dim, rank)
+        cut = tuple(narrow(a, event_dim, rank, varies) for a in (first, second))
+        hangs = frozenset(p for p, args in others.items() if not _same(first, args[key]))
+        selection = None
+        for coordinate in family.coordinates:
+            if coordinate.argument == key and selection is None:
+                selection = find(coordinate, cut, points, sorted(hangs))
+        arguments[key] = Argument(key, event_dim, varies, hangs, selection)
+    frames = {f.name: f.dim for f in nodes[0]["cond_indep_stack"] if f.vectorized}
+    unit_dims = frozenset(rank - events + frames[p] for p in structure.unit if p in frames)
+    centre = None
+    x = pad(value, rank, len(base.event_shape)).to(structure.program.dtype)
+    site = SiteModel(name, family, shape, events, arguments, (), mask, None, None, unit_dims)
+    if mask is not None:
+        site = replace(site, mask=pad(mask.to(x.dtype), rank, 0))
+    if family.location is not None:
+        centre = torch.zeros((), dtype=x.dtype)  # replaced by _scaled
+    statistics = family.statistics(base, x if centre is None else x - centre)
+    statistics = tuple(
+        pad(t, rank, e) for t, e in zip(statistics, family.event_dims, strict=True)
+    )
+    site = replace(site, sufficient=statistics, centre=centre)
+    _check_family(site, base, traces, name)
+    return site
+
+
+def _check_family(
+    site: SiteModel, base: Any, traces: tuple[Enumerated, ...], name: str
+) -> None:
+    """The family must agree with the distribution's own log_prob, up to the base measure."""
+    one = torch.ones((1,) * len(site.shape), dtype=site.sufficient[0].dtype)
+    gaps = []
+    for trace in traces:
+        node = trace.trace.nodes[name]
+        own, _, _ = unwrap(node["fn"])
+        value = pad(node["value"], len(site.shape), len(own.event_shape))
+        arguments = {k: pad(v, len(site.shape), site.arguments[k].event_dim)
+                     for k, v in site.family.arguments(own).items()}
+        density = site.family.log_density(site.centred(arguments), site.sufficient, one)
+        exact = own.log_prob(value)
+        if site.mask is not None:
+            density, exact = density * site.mask, exact * site.mask
+        gaps.append((density - exact, exact.abs().max()))
+    (a, size), (b, size_b) = gaps
+    tolerance = 1e-6 if one.dtype == torch.float64 else 1e-2
+    worst = (a - b).abs().max()
+    if not worst <= tolerance * (1 + size + size_b):
+        raise ModelError(
+            f"Site '{name}': the registered family of {type(base).__name__} does not agree with its"
+            f" log_prob (difference {float(worst):g} beyond the base measure). Mend the family's"
+            " statistics, natural parameters or log-normaliser."
+        )
+
+
+def _scaled(sites: dict[str, SiteModel], trace: Enumerated) -> dict[str, SiteModel]:
+    """Give sites with a location a common centre and scale, pooled over sites that share it.
+
+    Statistics are then taken around the centre, so that data far from the origin loses no digits.
+    """
+    groups: dict[Any, dict[str, tuple[Tensor, Tensor, Tensor]]] = {}
+    for name, site in sites.items():
+        if site.family.location is not None:
+            moments = _moments(site, *_data(site, trace))
+            hangs = frozenset().union(*(a.parameters for a in site.arguments.values()))
+            group = groups.setdefault((id(site.family), hangs, moments[0].shape), {})
+            group[name] = moments
+    result = dict(sites)
+    for group in groups.values():
+        count, mean, spread = (torch.stack(m) for m in zip(*group.values(), strict=True))
+        total = count.sum(0).clamp(min=1)
+        centre = (count * mean).sum(0) / total
+        variance = (spread + count * (mean - centre) ** 2).sum(0) / total
+        # A constant column has no scale of its own; its magnitude stands in.
+        constant = variance <= (1e-8 * centre) ** 2
+        magnitude = torch.where(centre == 0, 1.0, (1e-3 * centre) ** 2)
+        scale = torch.where(constant, magnitude, variance)
+        for name in group:
+            site = sites[name]
+            x, base = _data(site, trace)
+            at = centre.reshape((1,) * (x.dim() - centre.dim()) + centre.shape)
+            rank, event_dims = len(site.shape), site.family.event_dims
+            statistics = tuple(
+                pad(t, rank, e)
+                for t, e in zip(site.family.statistics(base, x - at), event_dims, strict=True)
+            )
+            scale_at = scale.reshape(at.shape)
+            result[name] = replace(site, centre=at, scale=scale_at, sufficient=statistics)
+    return result
+
+
+def _data(site: SiteModel, trace: Enumerated) -> tuple[Tensor, Any]:
+    node = trace.trace.nodes[site.name]
+    base, _, _ = unwrap(node["fn"])
+    return pad(node["value"], len(site.shape), len(base.event_shape)).to(site.sufficient[0]), base
+
+
+def _moments(site: SiteModel, x: Tensor, base: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Count, mean and sum of squares of each feature, over the rows and what they share."""
+    rank = len(site.shape)
+    reduce = [d for d in range(rank) if d not in site.keep or d in site.unit_dims or x.shape[d] == 1]
+    mask = torch.ones_like(x)
+    if site.mask is not None:
+        mask = mask * site.mask.reshape(site.mask.shape + (1,) * len(base.event_shape))
+    count = mask.sum(reduce, keepdim=True)
+    mean = (x * mask).sum(reduce, keepdim=True) / count.clamp(min=1)
+    spread = ((x - mean) ** 2 * mask).sum(reduce, keepdim=True)
+    lead = next((i for i, n in enumerate(mean.shape) if n > 1), mean.dim())
+    shape = mean.shape[lead:]
+    return count.reshape(shape), mean.reshape(shape), spread.reshape(shape)

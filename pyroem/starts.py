@@ -1,0 +1,370 @@
+"""Where a fit starts: from guessed assignments and one M-step, so that no model needs its own code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro import distributions as dist
+from torch import Tensor
+
+from pyroem._pyro import Enumerated, align, isolated, unwrap
+from pyroem.diagnose import collapsed
+from pyroem.errors import SettingError
+from pyroem.estep.trace import collect, factor_weights
+from pyroem.mstep.plan import Rung
+from pyroem.problem import Problem
+from pyroem.structure import Params, check_names
+from pyroem.symmetry import StateGroup, coinciding, state_groups
+
+METHODS = ("auto", "kmeans", "random", "prior", "model")
+HANDFUL = 10  # rows that seed a state of a random start
+SHORT = 10  # EM iterations after which candidate starts are compared
+CERTAINTY = 0.95  # what a k-means label weighs against the other states
+
+
+@dataclass(frozen=True)
+class Start:
+    """A starting point and how it was made, in words for ``explain()``."""
+
+    params: Params
+    how: str
+
+
+Evidence = dict[str, Tensor]  # assignment -> probabilities, plates then states
+
+
+def starts(problem: Problem, init: Any, count: int, seed: int) -> list[Start]:
+    """``count`` starting points.
+
+    Raises
+    ------
+    SettingError
+        For an unknown method, parameters that the program does not have, shapes that do not match,
+        and ``count > 1`` of a start that has nothing random.
+    """
+    given = getattr(init, "params", init)
+    if isinstance(given, Mapping):
+        return [_given(problem, given, seed)] if count == 1 else _refuse("given values", count)
+    if init not in METHODS:
+        raise SettingError(
+            f"init: expected one of {', '.join(METHODS)}, a dict of values or a Fit, got {init!r}."
+        )
+    _check_fixed(problem)
+    program = own_values(problem)
+    if init in ("model", "prior") or not problem.structure.assignments:
+        if not any(p.random for p in problem.structure.parameters.values()) and count > 1:
+            return _refuse("the program's own values", count)
+        how = "the program's own values" if init != "prior" else "draws from the priors"
+        if problem.structure.assignments:
+            return [Start(_drawn(problem, seed + i), how) for i in range(count)]
+        return [Start(_drawn(problem, seed + i), "the program's own values") for i in range(count)]
+    if init == "auto":
+        return _auto(problem, program, count, seed)
+    return [guessed(problem, program, init, seed + i) for i in range(count)]
+
+
+def _refuse(what: str, count: int) -> list[Start]:
+    raise SettingError(
+        f"restarts={count}: {what} are the same at every restart. Use init='kmeans', 'random' or"
+        " 'auto', or restarts=1."
+    )
+
+
+def own_values(problem: Problem) -> Params:
+    """The program's own values (a draw where they are random)."""
+    return {n: p.value for n, p in problem.structure.parameters.items()}
+
+
+def _check_fixed(problem: Problem, given: Mapping[str, Any] | None = None) -> None:
+    for block in problem.plan.on(Rung.FIXED):
+        if problem.structure.parameters[block.name].random and block.name not in (given or {}):
+            raise SettingError(
+                f"fixed: parameter '{block.name}' has no value to be held at (the program draws it"
+                f" at random). Give one: init={{'{block.name}': ...}}."
+            )
+
+
+def _drawn(problem: Problem, seed: int) -> Params:
+    """The program's own values, with what is random drawn anew."""
+    structure = problem.structure
+    with isolated(structure.program.dtype, seed):
+        nodes = structure.program.run({}).nodes
+    fixed = {b.name for b in problem.plan.on(Rung.FIXED)}
+    return {
+        n: p.value if n in fixed else nodes[n]["value"].detach().to(structure.program.dtype)
+        for n, p in structure.parameters.items()
+    }
+
+
+def _given(problem: Problem, given: Mapping[str, Any], seed: int) -> Start:
+    """Values that the user gives; what is missing is found around them."""
+    structure = problem.structure
+    check_names(given, structure.parameters, "init")
+    _check_fixed(problem, given)
+    values = {n: structure.value(n, v).detach().clone() for n, v in given.items()}
+    for name, value in values.items():
+        if not structure.parameters[name].constraint.check(value).all():
+            raise SettingError(
+                f"init: the value of '{name}' is outside its support"
+                f" {structure.parameters[name].constraint}."
+            )
+    program = {**own_values(problem), **values}
+    rest = frozenset(problem.free) - frozenset(values)
+    if not rest or not structure.assignments:
+        return Start(program, "the values given")
+    if _tells_states_apart(problem, values):
+        return Start(_around(problem, program, rest), "the values given, the rest found around them")
+    start = guessed(problem, program, "kmeans", seed, rest)
+    return Start(start.params, f"the values given, the rest from {start.how}")
+
+
+def _tells_states_apart(problem: Problem, values: Mapping[str, Tensor]) -> bool:
+    """Whether some of ``values`` differs along an axis of states."""
+    for group in state_groups(problem.structure, problem.plan):
+        for name, axis in group.axes:
+            if name in values and _in_observation(problem, name):
+                first = values[name].narrow(axis, 0, 1)
+                if not torch.allclose(values[name], first.expand_as(values[name])):
+                    return True
+    return False
+
+
+def _in_observation(problem: Problem, name: str) -> bool:
+    depends = problem.plan.reading.dependence
+    return any(name in depends[s] for s in problem.structure.observations if s in depends)
+
+
+def _around(problem: Problem, params: Params, rest: frozenset[str]) -> Params:
+    """Find ``rest`` by one EM iteration from the other values, starting at pooled values."""
+    pooled = from_evidence(problem, params, {}, None, rest)
+    expected, _ = problem.e_step(pooled)
+    return problem.m_step(pooled, expected, rest)
+
+
+def _auto(problem: Problem, program: Params, count: int, seed: int) -> list[Start]:
+    """The program's own values where they tell the states apart; else the best of many guesses."""
+    structure = problem.structure
+    explicit = {n: v for n, v in program.items() if not structure.parameters[n].random}
+    complete = len(explicit) == len(program)
+    chosen: list[Start] = []
+    if complete and not coinciding(structure, problem.plan, program):
+        chosen = [Start(problem.clip(program), "the program's own values, which differ by state")]
+    elif not complete and _tells_states_apart(problem, explicit):
+        rest = frozenset(problem.free) - frozenset(explicit)
+        how = "the program's own values, which differ by state; the rest found around them"
+        chosen = [Start(problem.clip(_around(problem, program, rest)), how)]
+    if len(chosen) == count:
+        return chosen
+    work = max(f.tensor.numel() for f in problem.plan.reading.traces[0].factors.values())
+    tries = 12 if work <= 20_000 else 6 if work <= 500_000 else 3
+    guesses = [guessed(problem, program, "kmeans", seed + i) for i in range(max(tries, count))]
+    guesses += [guessed(problem, program, "random", seed + i) for i in range(tries)]
+    ranked = sorted(guesses, key=lambda g: _promise(problem, g.params), reverse=True)
+    how = f"best of {len(guesses)} guesses after {SHORT} EM iterations each: "
+    chosen += [Start(g.params, how + g.how) for g in ranked]
+    return chosen[:count]
+
+
+def _promise(problem: Problem, params: Params) -> tuple[bool, float]:
+    """Whether a short EM run stays healthy, and the objective it reaches."""
+    for _ in range(SHORT):
+        expected, _ = problem.e_step(params)
+        params = problem.m_step(params, expected)
+    expected, log_prior = problem.e_step(params)
+    value = float(expected.log_likelihood + log_prior)
+    if value != value:
+        return False, -torch.inf
+    return not collapsed(problem, params), value
+
+
+def guessed(
+    problem: Problem,
+    program: Params,
+    method: str,
+    seed: int,
+    only: frozenset[str] | None = None,
+) -> Start:
+    """Guess the assignments (``"kmeans"`` or ``"random"``) and make one M-step from them.
+
+    ``"random"`` seeds each state with a handful of rows drawn at random; the other rows are spread
+    evenly and weigh less, so that the states do not all start at the pooled estimate.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    trace = problem.plan.reading.traces[0]
+    evidence: Evidence = {}
+    importance: Tensor | None = None
+    taken: dict[int, list[Tensor]] = {}
+    for group in state_groups(problem.structure, problem.plan):
+        features = None
+        if method == "kmeans":
+            features = _features(problem, trace, group)
+        if features is None:
+            importance = _random(problem, group, evidence, generator, importance)
+            continue
+        for used in taken.get(features.shape[0], []):  # what another assignment explains already
+            features = features - _cluster_means(features, used)
+        labels = kmeans(features, group.num_states, generator)
+        taken.setdefault(features.shape[0], []).append(labels)
+        other = (1 - CERTAINTY) / max(group.num_states - 1, 1)
+        soft = torch.full((len(labels), group.num_states), other, dtype=features.dtype)
+        soft.scatter_(1, labels.unsqueeze(1), CERTAINTY if group.num_states > 1 else 1.0)
+        at = 0
+        for z in group.assignments:
+            shape = _shape(problem, z)
+            rows = int(torch.Size(shape).numel())
+            evidence[z] = soft[at : at + rows].reshape((*shape, group.num_states))
+            at += rows
+    pooled = from_evidence(problem, program, {}, None, only)
+    params = from_evidence(problem, pooled, evidence, importance, only)
+    how = "k-means assignments" if method == "kmeans" else "random assignments"
+    return Start(problem.clip(params), f"{how} (seed {seed}) and one M-step")
+
+
+def from_evidence(
+    problem: Problem,
+    params: Params,
+    evidence: Evidence,
+    importance: Tensor | None,
+    only: frozenset[str] | None = None,
+) -> Params:
+    """One M-step in which the assignments have the probabilities ``evidence`` (uniform if absent)."""
+    structure, trace = problem.structure, problem.plan.reading.traces[0]
+    tensors = {name: torch.zeros_like(f.tensor) for name, f in trace.factors.items()}
+    for z, probabilities in evidence.items():
+        dims = trace.factors[z].dims
+        own = "".join(trace.plates[p] for p in structure.plates[z]) + trace.states[z]
+        kept = "".join(d for d in own if d in dims)
+        packed = probabilities.reshape([n for n, d in zip(probabilities.shape, own, strict=True)
+                                        if d in dims])
+        tensors[z] = tensors[z] + align(packed.log(), kept, dims)
+    weights = problem.row_weights
+    if importance is not None:
+        weights = importance if weights is None else weights * importance
+    value, found = factor_weights(trace, tensors, row_weights=weights, unit=structure.unit)
+    return problem.m_step(params, collect(problem.plan, trace, value, found), only)
+
+
+def _shape(problem: Problem, z: str) -> tuple[int, ...]:
+    node = problem.plan.reading.traces[0].trace.nodes[z]
+    sizes = {f.name: f.size for f in node["cond_indep_stack"] if f.vectorized}
+    return tuple(sizes[p] for p in problem.structure.plates[z])
+
+
+def _random(
+    problem: Problem,
+    group: StateGroup,
+    evidence: Evidence,
+    generator: torch.Generator,
+    importance: Tensor | None,
+) -> Tensor | None:
+    """Seed each state with a handful of rows; the rest is spread evenly and weighs less."""
+    dtype, k = problem.structure.program.dtype, group.num_states
+    for z in group.assignments:
+        shape = _shape(problem, z)
+        rows = int(torch.Size(shape).numel())
+        per_state = min(HANDFUL, rows // k)
+        if per_state < 2 or len(group.assignments) > 1:
+            concentration = torch.full((rows, k), 0.5, dtype=torch.float64)
+            draws = torch._standard_gamma(concentration, generator=generator)
+            draws = draws.clamp(min=1e-6)
+            evidence[z] = (draws / draws.sum(-1, keepdim=True)).to(dtype).reshape((*shape, k))
+            continue
+        chosen = torch.randperm(rows, generator=generator)[: per_state * k]
+        soft = torch.full((rows, k), 1 / k, dtype=dtype)
+        soft[chosen] = torch.eye(k, dtype=dtype).repeat(per_state, 1)
+        evidence[z] = soft.reshape((*shape, k))
+        if problem.structure.plates[z] == problem.structure.unit and importance is None:
+            light = 0.3 * len(chosen) / max(rows - len(chosen), 1)
+            importance = torch.full((rows,), min(light, 1.0), dtype=dtype)
+            importance[chosen] = 1.0
+            importance = importance.reshape(shape)
+    return importance
+
+
+def _features(problem: Problem, trace: Enumerated, group: StateGroup) -> Tensor | None:
+    """The observed rows below a group's assignments, standardised; None where there are none."""
+    parts = []
+    for z in group.assignments:
+        columns = []
+        for name in problem.structure.observations:
+            factor = trace.factors.get(name)
+            if factor is None or trace.states[z] not in factor.dims:
+                continue
+            column = _columns(problem, trace, z, name)
+            if column is not None:
+                columns.append(column)
+        if not columns:
+            return None
+        parts.append(torch.cat(columns, 1))
+    if len({p.shape[1] for p in parts}) != 1:
+        return None
+    rows = torch.cat(parts)
+    if rows.shape[0] < 2:
+        return None
+    spread = rows.std(0)
+    return (rows - rows.mean(0)) / torch.where(spread > 0, spread, 1.0)
+
+
+def _columns(problem: Problem, trace: Enumerated, z: str, name: str) -> Tensor | None:
+    """The data of one observation as rows over the plates of ``z``."""
+    node = trace.trace.nodes[name]
+    frames = {f.name: f.dim for f in node["cond_indep_stack"] if f.vectorized}
+    plates = problem.structure.plates[z]
+    base, _, _ = unwrap(node["fn"])
+    value, fn = node["value"], node["fn"]
+    if not set(plates) <= set(frames) or not isinstance(value, Tensor):
+        return None
+    if isinstance(base, dist.Unit):
+        return None
+    event = len(fn.event_shape)
+    if isinstance(base, dist.Categorical):
+        k = base.logits.shape[-1]
+        value = torch.nn.functional.one_hot(value.long(), k).to(problem.structure.program.dtype)
+        event += 1
+    value = value.to(problem.structure.program.dtype)
+    rank = problem.structure.nesting + event
+    value = value.reshape((1,) * (rank - value.dim()) + value.shape)
+    at = [rank - event + frames[p] for p in plates]
+    sizes = _shape(problem, z)
+    moved = value.movedim(at, list(range(len(at))))
+    moved = moved.expand(*sizes, *moved.shape[len(sizes):])
+    return moved.reshape(int(torch.Size(sizes).numel()), -1)
+
+
+def _cluster_means(rows: Tensor, labels: Tensor) -> Tensor:
+    k = int(labels.max()) + 1
+    counts = torch.bincount(labels, minlength=k).clamp(min=1).to(rows)
+    sums = torch.zeros((k, rows.shape[1]), dtype=rows.dtype).index_add_(0, labels, rows)
+    return (sums / counts[:, None])[labels]
+
+
+def kmeans(
+    rows: Tensor, k: int, generator: torch.Generator, *, iterations: int = 20, sample: int = 20_000
+) -> Tensor:
+    """Labels by k-means++ seeding and Lloyd's iterations (on a sample where rows are many).
+
+    Source: Arthur and Vassilvitskii (2007).
+    """
+    pool = rows
+    if len(rows) > sample:
+        pool = rows[torch.randperm(len(rows), generator=generator)[:sample]]
+    first = int(torch.randint(len(pool), (1,), generator=generator))
+    centres = pool[first : first + 1]
+    for _ in range(1, k):
+        distance = torch.cdist(pool, centres).amin(1) ** 2
+        if float(distance.sum()) <= 0:
+            distance = torch.ones_like(distance)
+        chosen = torch.multinomial(distance, 1, generator=generator)
+        centres = torch.cat([centres, pool[chosen]])
+    for _ in range(iterations):
+        labels = torch.cdist(pool, centres).argmin(1)
+        counts = torch.bincount(labels, minlength=k).to(pool)
+        sums = torch.zeros_like(centres).index_add_(0, labels, pool)
+        moved = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centres)
+        if torch.equal(moved, centres):
+            break
+        centres = moved
+    return torch.cat([torch.cdist(part, centres).argmin(1) for part in rows.split(100_000)])

@@ -1,0 +1,142 @@
+"""States and their labels: which axes of which parameters index them, and which states coincide."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyroem._pyro import Enumerated
+from pyroem.mstep.plan import Plan
+from pyroem.structure import Params, Structure
+
+
+@dataclass(frozen=True)
+class StateGroup:
+    """Assignments that share their labels (``z_0, z_1, ...`` of a chain), with ``num_states``.
+
+    ``axes`` are the (parameter, axis) pairs that the states index; ``complements`` are success
+    probabilities of a binary assignment, which swap as ``p -> 1 - p`` (or change sign as logits).
+    """
+
+    assignments: tuple[str, ...]
+    num_states: int
+    axes: frozenset[tuple[str, int]]
+    complements: frozenset[tuple[str, str]]
+
+
+def state_groups(structure: Structure, plan: Plan) -> list[StateGroup]:
+    """Find the axes of the parameters that each assignment's states index."""
+    trace = plan.reading.traces[0]
+    found: dict[str, set[tuple[str, int]]] = {z: set() for z in structure.assignments}
+    swaps: dict[str, set[tuple[str, str]]] = {z: set() for z in structure.assignments}
+    symbols = {s: z for z, s in trace.states.items() if z in structure.assignments}
+    for site in plan.reading.sites.values():
+        dim_to_symbol = trace.trace.nodes[site.name]["infer"]["_dim_to_symbol"]
+        rank = len(site.shape)
+        for argument in site.arguments.values():
+            if argument.selection is None:
+                continue
+            event_dim = argument.selection.coordinate.form.event_dim
+            for name in argument.selection.offsets:
+                shape = structure.parameters[name].shape
+                batch = shape[: len(shape) - event_dim]
+                cells = argument.selection.cells_of(name)
+                coordinates = torch.unravel_index(cells.clamp(min=0), batch) if batch else ()
+                for dim, symbol in dim_to_symbol.items():
+                    at = rank - site.events + dim
+                    z = symbols.get(symbol)
+                    if z is None or z == site.name or at < 0 or cells.shape[at] == 1:
+                        continue
+                    steps = torch.arange(cells.shape[at]).reshape(
+                        [-1 if i == at else 1 for i in range(cells.dim())]
+                    )
+                    for axis, coordinate in enumerate(coordinates):
+                        if ((coordinate == steps) | (cells < 0)).all() and (cells >= 0).any():
+                            found[z].add((name, axis))
+                if site.name in found:
+                    if event_dim == 1:
+                        found[site.name].add((name, len(shape) - 1))
+                    elif structure.assignments[site.name] == 2:
+                        swaps[site.name].add((name, argument.selection.coordinate.form.name))
+    return _merge(structure, found, swaps)
+
+
+def _merge(
+    structure: Structure,
+    found: dict[str, set[tuple[str, int]]],
+    swaps: dict[str, set[tuple[str, str]]],
+) -> list[StateGroup]:
+    groups: list[tuple[list[str], set[tuple[str, int]], set[tuple[str, str]]]] = []
+    for z, axes in found.items():
+        members, union, complements = [z], set(axes), set(swaps[z])
+        for group in [g for g in groups if g[1] & union or g[2] & complements]:
+            groups.remove(group)
+            members = [*group[0], *members]
+            union |= group[1]
+            complements |= group[2]
+        groups.append((members, union, complements))
+    return [
+        StateGroup(tuple(m), structure.assignments[m[0]], frozenset(a), frozenset(c))
+        for m, a, c in groups
+    ]
+
+
+def permute(params: Params, group: StateGroup, order: Tensor) -> Params:
+    """Rename the states of a group: state ``order[k]`` becomes state ``k``."""
+    result = dict(params)
+    for name, axis in group.axes:
+        result[name] = result[name].index_select(axis, order)
+    if group.num_states == 2 and int(order[0]) == 1:
+        for name, kind in group.complements:
+            result[name] = 1 - result[name] if kind == "probability" else -result[name]
+    return result
+
+
+def coinciding(
+    structure: Structure, plan: Plan, params: Params
+) -> dict[str, list[tuple[int, int]]]:
+    """Pairs of states that the observations cannot tell apart at ``params``, though they could.
+
+    A pair coincides where every factor downstream of the assignment is the same for both: EM keeps
+    such states equal for ever. States that the program itself never tells apart do not count.
+    """
+    with torch.no_grad():
+        trace = structure.enumerate(params)
+    here = _equal_states(structure, trace)
+    always = _equal_states(structure, plan.reading.traces[0])
+    return {
+        z: pairs for z in structure.assignments if (pairs := sorted(here[z] - always[z]))
+    }
+
+
+def _equal_states(structure: Structure, trace: Enumerated) -> dict[str, set[tuple[int, int]]]:
+    result: dict[str, set[tuple[int, int]]] = {}
+    every = {
+        z: {(i, j) for j in range(k) for i in range(j)} for z, k in structure.assignments.items()
+    }
+    for z in reversed(list(structure.assignments)):  # children before their parents
+        symbol = trace.states[z]
+        pairs = None
+        for name, factor in trace.factors.items():
+            if name == z or symbol not in factor.dims:
+                continue
+            if name in result and result[name] == every[name]:
+                continue  # a child that the data cannot inform tells nothing of its parent
+            own = _pairs(factor.tensor, factor.dims.index(symbol))
+            pairs = own if pairs is None else pairs & own
+        result[z] = every[z] if pairs is None else pairs
+    return result
+
+
+def _pairs(tensor: Tensor, axis: int) -> set[tuple[int, int]]:
+    rows = tensor.movedim(axis, 0).flatten(1) if tensor.dim() > 1 else tensor.unsqueeze(1)
+    rows = torch.nan_to_num(rows, nan=0.0, posinf=1e30, neginf=-1e30)
+    generator = torch.Generator().manual_seed(3)
+    direction = torch.rand(rows.shape[1], generator=generator, dtype=torch.float64) + 0.5
+    signature = rows @ direction.to(rows)
+    scale = rows.abs() @ direction.to(rows)
+    gap = (signature[:, None] - signature[None]).abs()
+    close = gap <= 1e-12 * (scale[:, None] + scale[None])
+    return {(int(i), int(j)) for i, j in close.triu(1).nonzero()}

@@ -1,0 +1,1059 @@
+"""The table of problems that every law is tested on.
+
+Each program is written as any Pyro user would write it, without a word for pyroem. Its data
+are simulated by the program itself at one point, and ``params`` is another point nearby, so
+that it is neither the truth nor an optimum. Adding a problem is one function and one row.
+
+Hyperparameters are made from the data (``x.new_tensor``) because torch computes
+``Gamma(2.0, 1.0).log_prob(x)`` in single precision even where ``x`` is in double.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from brute_force import SetValues
+from pyro import poutine
+from pyro.nn import PyroModule, PyroParam, PyroSample
+from torch import BoolTensor, Tensor
+from torch.distributions import constraints, transform_to
+
+Axes = tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Symmetry:
+    """States that can be renamed: permuting ``axes`` together changes no likelihood."""
+
+    sites: tuple[str, ...]
+    """The assignments whose states are renamed."""
+    axes: Axes
+    """(parameter, dim) pairs along which these states are laid out."""
+
+    def permute(self, params: dict[str, Tensor], order: Tensor) -> dict[str, Tensor]:
+        """The same model with its states renamed: new state ``k`` is old ``order[k]``."""
+        renamed = dict(params)
+        for name, dim in self.axes:
+            renamed[name] = renamed[name].index_select(dim, order)
+        return renamed
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One program with data and a point in its parameter space."""
+
+    name: str
+    model: Callable[..., Any]
+    data: tuple[Tensor, ...]
+    """Positional arguments of the program."""
+    params: dict[str, Tensor]
+    """A generic interior point (constrained values): every parameter, with a prior or not."""
+    tiny: tuple[Tensor, ...] | None
+    """Data cut down until all joint values of the assignments can be tried."""
+    states: dict[str, int]
+    """Number of states of each assignment (for ``data``)."""
+    row_plate: str | None
+    """The plate over which rows are independent; every tensor in ``data`` has them first."""
+    symmetries: tuple[Symmetry, ...]
+    """The ways in which states can be renamed."""
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+# ---------------------------------------------------------------------------------------
+# Gaussian mixtures
+
+
+def gaussian_mixture(x: Tensor) -> None:
+    """Univariate Gaussians, everything free."""
+    weights = pyro.param("weights", x.new_ones(3) / 3, constraint=constraints.simplex)
+    loc = pyro.param("loc", x.new_tensor([-1.0, 0.0, 1.0]))
+    scale = pyro.param("scale", x.new_ones(3), constraint=constraints.positive)
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("x", dist.Normal(loc[z], scale[z]), obs=x)
+
+
+def diagonal_gaussian(x: Tensor) -> None:
+    """Gaussians with a diagonal covariance."""
+    k, d = 3, x.shape[-1]
+    weights = pyro.param("weights", x.new_ones(k) / k, constraint=constraints.simplex)
+    loc = pyro.param("loc", lambda: torch.randn(k, d, dtype=x.dtype))
+    scale = pyro.param("scale", x.new_ones(k, d), constraint=constraints.positive)
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("x", dist.Normal(loc[z], scale[z]).to_event(1), obs=x)
+
+
+def full_gaussian(x: Tensor) -> None:
+    """Gaussians with a covariance matrix each."""
+    k, d = 2, x.shape[-1]
+    weights = pyro.param("weights", x.new_ones(k) / k, constraint=constraints.simplex)
+    loc = pyro.param("loc", lambda: torch.randn(k, d, dtype=x.dtype))
+    cov = pyro.param(
+        "cov", torch.eye(d, dtype=x.dtype).repeat(k, 1, 1), constraint=constraints.positive_definite
+    )
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("x", dist.MultivariateNormal(loc[z], covariance_matrix=cov[z]), obs=x)
+
+
+def tied_gaussian(x: Tensor) -> None:
+    """Gaussians that share one covariance matrix."""
+    k, d = 3, x.shape[-1]
+    weights = pyro.param("weights", x.new_ones(k) / k, constraint=constraints.simplex)
+    loc = pyro.param("loc", lambda: torch.randn(k, d, dtype=x.dtype))
+    cov = pyro.param("cov", torch.eye(d, dtype=x.dtype), constraint=constraints.positive_definite)
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("x", dist.MultivariateNormal(loc[z], covariance_matrix=cov), obs=x)
+
+
+def cholesky_gaussian(x: Tensor) -> None:
+    """Gaussians given by the Cholesky factors of their covariances."""
+    k, d = 2, x.shape[-1]
+    weights = pyro.param("weights", x.new_ones(k) / k, constraint=constraints.simplex)
+    loc = pyro.param("loc", lambda: torch.randn(k, d, dtype=x.dtype))
+    scale_tril = pyro.param(
+        "scale_tril",
+        torch.eye(d, dtype=x.dtype).repeat(k, 1, 1),
+        constraint=constraints.lower_cholesky,
+    )
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("x", dist.MultivariateNormal(loc[z], scale_tril=scale_tril[z]), obs=x)
+
+
+def precision_gaussian(x: Tensor) -> None:
+    """Gaussians given by their precision matrices."""
+    k, d = 2, x.shape[-1]
+    weights = pyro.param("weights", x.new_ones(k) / k, constraint=constraints.simplex)
+    loc = pyro.param("loc", lambda: torch.randn(k, d, dtype=x.dtype))
+    precision = pyro.param(
+        "precision",
+        torch.eye(d, dtype=x.dtype).repeat(k, 1, 1),
+        constraint=constraints.positive_definite,
+    )
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("x", dist.MultivariateNormal(loc[z], precision_matrix=precision[z]), obs=x)
+
+
+def shared_mean(x: Tensor) -> None:
+    """A scale mixture: one mean, a scale for each component."""
+    weights = pyro.param("weights", x.new_ones(2) / 2, constraint=constraints.simplex)
+    loc = pyro.param("loc", x.new_tensor(0.0))
+    scale = pyro.param("scale", x.new_tensor([0.5, 2.0]), constraint=constraints.positive)
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("x", dist.Normal(loc, scale[z]), obs=x)
+
+
+class GaussianModule(PyroModule):
+    """A Gaussian mixture as a module, with a prior on the means."""
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        zeros = torch.zeros(k, dtype=torch.float64)
+        self.weights = PyroParam((zeros + 1) / k, constraint=constraints.simplex)
+        self.scale = PyroParam(zeros + 1, constraint=constraints.positive)
+        self.loc = PyroSample(dist.Normal(zeros, 5.0 * (zeros + 1)).to_event(1))
+
+    def forward(self, x: Tensor) -> None:
+        """The program."""
+        weights: Any = self.weights
+        loc: Any = self.loc
+        scale: Any = self.scale
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Categorical(weights))
+            pyro.sample("x", dist.Normal(loc[z], scale[z]), obs=x)
+
+
+# ---------------------------------------------------------------------------------------
+# Gaussian mixtures with priors
+
+
+def gaussian_inverse_gamma(x: Tensor) -> None:
+    """Independent Normal priors on means and InverseGamma priors on variances."""
+    weights = pyro.sample("weights", dist.Dirichlet(x.new_full((3,), 2.0)))
+    with pyro.plate("components", 3):
+        loc = pyro.sample("loc", dist.Normal(x.new_tensor(0.0), x.new_tensor(5.0)))
+        var = pyro.sample("var", dist.InverseGamma(x.new_tensor(2.0), x.new_tensor(1.0)))
+    scale = var.sqrt()
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("x", dist.Normal(loc[z], scale[z]), obs=x)
+
+
+def gaussian_conjugate(x: Tensor) -> None:
+    """The jointly conjugate prior: the spread of a mean depends on its variance."""
+    weights = pyro.sample("weights", dist.Dirichlet(x.new_full((2,), 2.0)))
+    with pyro.plate("components", 2):
+        var = pyro.sample("var", dist.InverseGamma(x.new_tensor(3.0), x.new_tensor(2.0)))
+        loc = pyro.sample("loc", dist.Normal(x.new_tensor(0.0), (var / 0.1).sqrt()))
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("x", dist.Normal(loc[z], var[z].sqrt()), obs=x)
+
+
+def gaussian_gamma_precision(x: Tensor) -> None:
+    """Gamma priors on precisions."""
+    weights = pyro.param("weights", x.new_ones(2) / 2, constraint=constraints.simplex)
+    loc = pyro.param("loc", x.new_tensor([-1.0, 1.0]))
+    with pyro.plate("components", 2):
+        precision = pyro.sample("precision", dist.Gamma(x.new_tensor(2.0), x.new_tensor(1.0)))
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("x", dist.Normal(loc[z], precision[z].rsqrt()), obs=x)
+
+
+def gaussian_lognormal_scale(x: Tensor) -> None:
+    """LogNormal priors on scales, which no family is conjugate to."""
+    weights = pyro.param("weights", x.new_ones(2) / 2, constraint=constraints.simplex)
+    loc = pyro.param("loc", x.new_tensor([-1.0, 1.0]))
+    with pyro.plate("components", 2):
+        scale = pyro.sample("scale", dist.LogNormal(x.new_tensor(0.0), x.new_tensor(0.5)))
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("x", dist.Normal(loc[z], scale[z]), obs=x)
+
+
+# ---------------------------------------------------------------------------------------
+# Other observations
+
+
+def gaussian_and_poisson(x: Tensor, n: Tensor) -> None:
+    """Two observations in each row, of different families."""
+    weights = pyro.param("weights", x.new_ones(3) / 3, constraint=constraints.simplex)
+    loc = pyro.param("loc", x.new_tensor([-1.0, 0.0, 1.0]))
+    scale = pyro.param("scale", x.new_ones(3), constraint=constraints.positive)
+    rate = pyro.param("rate", x.new_tensor([1.0, 2.0, 4.0]), constraint=constraints.positive)
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("x", dist.Normal(loc[z], scale[z]), obs=x)
+        pyro.sample("n", dist.Poisson(rate[z]), obs=n)
+
+
+def latent_class(x: Tensor) -> None:
+    """Latent class analysis of binary items, with Beta and Dirichlet priors."""
+    k, items = 3, x.shape[-1]
+    weights = pyro.sample("weights", dist.Dirichlet(x.new_full((k,), 1.5)))
+    probs = pyro.sample("probs", dist.Beta(x.new_full((k, items), 2.0), 2.0).to_event(2))
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("x", dist.Bernoulli(probs[z]).to_event(1), obs=x)
+
+
+def latent_class_plates(x: Tensor) -> None:
+    """The same with a plate of items inside the plate of rows."""
+    k = 3
+    rows = pyro.plate("rows", x.shape[0], dim=-2)
+    items = pyro.plate("items", x.shape[1], dim=-1)
+    weights = pyro.sample("weights", dist.Dirichlet(x.new_full((k,), 1.5)))
+    with pyro.plate("classes", k, dim=-2), items:
+        probs = pyro.sample("probs", dist.Beta(x.new_tensor(2.0), x.new_tensor(2.0)))
+    with rows:
+        z = pyro.sample("z", dist.Categorical(weights))
+        with items as j:
+            pyro.sample("x", dist.Bernoulli(probs[z, j]), obs=x)
+
+
+def poisson_mixture(n: Tensor) -> None:
+    """Poisson counts with Gamma and Dirichlet priors."""
+    weights = pyro.sample("weights", dist.Dirichlet(n.new_full((3,), 2.0)))
+    with pyro.plate("components", 3):
+        rate = pyro.sample("rate", dist.Gamma(n.new_tensor(2.0), n.new_tensor(0.5)))
+    with pyro.plate("rows", len(n)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("n", dist.Poisson(rate[z]), obs=n)
+
+
+def poisson_exp_link(n: Tensor) -> None:
+    """Poisson counts whose log-rates have a Normal prior."""
+    weights = pyro.param("weights", torch.full((2,), 0.5).double(), constraint=constraints.simplex)
+    prior = dist.Normal(n.new_zeros(2), n.new_ones(2)).to_event(1)
+    log_rate = pyro.sample("log_rate", prior)
+    with pyro.plate("rows", len(n)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("n", dist.Poisson(log_rate[z].exp()), obs=n)
+
+
+def categorical_logits(y: Tensor) -> None:
+    """Latent classes of items with four answers, given by logits."""
+    k, items, answers = 2, y.shape[-1], 4
+    half = torch.full((k,), 1 / k, dtype=torch.float64)
+    weights = pyro.param("weights", half, constraint=constraints.simplex)
+    logits = pyro.param("logits", lambda: torch.randn(k, items, answers, dtype=torch.float64))
+    with pyro.plate("rows", len(y)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("y", dist.Categorical(logits=logits[z]).to_event(1), obs=y)
+
+
+def exponential_mixture(x: Tensor) -> None:
+    """Waiting times."""
+    weights = pyro.param("weights", x.new_ones(2) / 2, constraint=constraints.simplex)
+    rate = pyro.param("rate", x.new_tensor([0.5, 2.0]), constraint=constraints.positive)
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("x", dist.Exponential(rate[z]), obs=x)
+
+
+def gamma_mixture(x: Tensor) -> None:
+    """An exponential family whose maximum has no closed form."""
+    weights = pyro.param("weights", x.new_ones(2) / 2, constraint=constraints.simplex)
+    shape = pyro.param("shape", x.new_tensor([1.0, 3.0]), constraint=constraints.positive)
+    rate = pyro.param("rate", x.new_tensor([1.0, 1.0]), constraint=constraints.positive)
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("x", dist.Gamma(shape[z], rate[z]), obs=x)
+
+
+def multinomial_mixture(n: Tensor) -> None:
+    """Documents of twenty words."""
+    k, words = 3, n.shape[-1]
+    weights = pyro.param("weights", n.new_ones(k) / k, constraint=constraints.simplex)
+    probs = pyro.param(
+        "probs",
+        lambda: torch.rand(k, words, dtype=n.dtype).softmax(-1),
+        constraint=constraints.simplex,
+    )
+    with pyro.plate("rows", len(n)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("n", dist.Multinomial(20, probs[z]), obs=n)
+
+
+# ---------------------------------------------------------------------------------------
+# Regressions
+
+
+def linear_regressions(features: Tensor, y: Tensor) -> None:
+    """A mixture of linear regressions."""
+    k, p = 2, features.shape[-1]
+    weights = pyro.param("weights", y.new_ones(k) / k, constraint=constraints.simplex)
+    beta = pyro.param("beta", lambda: torch.randn(k, p, dtype=y.dtype))
+    scale = pyro.param("scale", y.new_ones(k), constraint=constraints.positive)
+    with pyro.plate("rows", len(y)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("y", dist.Normal((beta[z] * features).sum(-1), scale[z]), obs=y)
+
+
+def poisson_regressions(features: Tensor, n: Tensor) -> None:
+    """A mixture of Poisson regressions."""
+    k, p = 2, features.shape[-1]
+    weights = pyro.param("weights", n.new_ones(k) / k, constraint=constraints.simplex)
+    beta = pyro.param("beta", lambda: torch.randn(k, p, dtype=n.dtype))
+    with pyro.plate("rows", len(n)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("n", dist.Poisson((beta[z] * features).sum(-1).exp()), obs=n)
+
+
+# ---------------------------------------------------------------------------------------
+# Other assignments
+
+
+def one_hot_assignment(x: Tensor) -> None:
+    """An indicator vector that picks its mean by a matrix product."""
+    k, d = 3, x.shape[-1]
+    weights = pyro.param("weights", x.new_ones(k) / k, constraint=constraints.simplex)
+    loc = pyro.param("loc", lambda: torch.randn(k, d, dtype=x.dtype))
+    scale = pyro.param("scale", x.new_ones(d), constraint=constraints.positive)
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.OneHotCategorical(weights))
+        pyro.sample("x", dist.Normal(z @ loc, scale).to_event(1), obs=x)
+
+
+def bernoulli_where(x: Tensor) -> None:
+    """Outliers: a wide and a narrow Gaussian about one centre."""
+    prob = pyro.param("prob", x.new_tensor(0.1), constraint=constraints.unit_interval)
+    loc = pyro.param("loc", x.new_tensor(0.0))
+    narrow = pyro.param("narrow", x.new_tensor(1.0), constraint=constraints.positive)
+    wide = pyro.param("wide", x.new_tensor(5.0), constraint=constraints.positive)
+    with pyro.plate("rows", len(x)):
+        outlier = pyro.sample("outlier", dist.Bernoulli(prob))
+        pyro.sample("x", dist.Normal(loc, torch.where(outlier.bool(), wide, narrow)), obs=x)
+
+
+def bernoulli_blend(x: Tensor) -> None:
+    """Two means blended by a binary assignment, with a Beta prior on its probability."""
+    prob = pyro.sample("prob", dist.Beta(x.new_tensor(2.0), x.new_tensor(3.0)))
+    low = pyro.param("low", x.new_tensor(-1.0))
+    high = pyro.param("high", x.new_tensor(1.0))
+    scale = pyro.param("scale", x.new_tensor(1.0), constraint=constraints.positive)
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Bernoulli(prob))
+        pyro.sample("x", dist.Normal(z * high + (1 - z) * low, scale), obs=x)
+
+
+def binomial_assignment(x: Tensor) -> None:
+    """A genotype: the number of copies of an allele picks the mean."""
+    frequency = pyro.param("frequency", x.new_tensor(0.5), constraint=constraints.unit_interval)
+    loc = pyro.param("loc", x.new_tensor([-1.0, 0.0, 1.0]))
+    scale = pyro.param("scale", x.new_tensor(1.0), constraint=constraints.positive)
+    with pyro.plate("rows", len(x)):
+        copies = pyro.sample("copies", dist.Binomial(2, frequency))
+        pyro.sample("x", dist.Normal(loc[copies.long()], scale), obs=x)
+
+
+def two_assignments_table(x: Tensor) -> None:
+    """Two independent assignments that pick a cell of a table."""
+    rows = pyro.param("row_weights", x.new_ones(2) / 2, constraint=constraints.simplex)
+    columns = pyro.param("column_weights", x.new_ones(3) / 3, constraint=constraints.simplex)
+    loc = pyro.param("loc", lambda: torch.randn(2, 3, dtype=x.dtype))
+    scale = pyro.param("scale", x.new_ones(3), constraint=constraints.positive)
+    with pyro.plate("rows", len(x)):
+        row = pyro.sample("row", dist.Categorical(rows))
+        column = pyro.sample("column", dist.Categorical(columns))
+        pyro.sample("x", dist.Normal(loc[row, column], scale[column]), obs=x)
+
+
+def two_assignments_sum(x: Tensor) -> None:
+    """Two independent assignments whose effects add up."""
+    first = pyro.param("first_weights", x.new_ones(2) / 2, constraint=constraints.simplex)
+    second = pyro.param("second_weights", x.new_ones(2) / 2, constraint=constraints.simplex)
+    a = pyro.param("a", x.new_tensor([-2.0, 2.0]))
+    b = pyro.param("b", x.new_tensor([-0.5, 0.5]))
+    scale = pyro.param("scale", x.new_tensor(1.0), constraint=constraints.positive)
+    with pyro.plate("rows", len(x)):
+        z1 = pyro.sample("z1", dist.Categorical(first))
+        z2 = pyro.sample("z2", dist.Categorical(second))
+        pyro.sample("x", dist.Normal(a[z1] + b[z2], scale), obs=x)
+
+
+def hierarchical_assignment(x: Tensor, y: Tensor) -> None:
+    """One assignment sets the weights of another; each has an observation."""
+    weights = pyro.param("weights", x.new_ones(2) / 2, constraint=constraints.simplex)
+    table = pyro.param(
+        "table",
+        lambda: torch.rand(2, 3, dtype=x.dtype).softmax(-1),
+        constraint=constraints.simplex,
+    )
+    prob = pyro.param("prob", x.new_tensor([0.3, 0.7]), constraint=constraints.unit_interval)
+    loc = pyro.param("loc", x.new_tensor([-2.0, 0.0, 2.0]))
+    scale = pyro.param("scale", x.new_tensor(1.0), constraint=constraints.positive)
+    with pyro.plate("rows", len(x)):
+        z1 = pyro.sample("z1", dist.Categorical(weights))
+        z2 = pyro.sample("z2", dist.Categorical(table[z1]))
+        pyro.sample("x", dist.Normal(loc[z2], scale), obs=x)
+        pyro.sample("y", dist.Bernoulli(prob[z1]), obs=y)
+
+
+def grouped_rows(x: Tensor) -> None:
+    """One assignment for each group of rows."""
+    weights = pyro.param("weights", x.new_ones(2) / 2, constraint=constraints.simplex)
+    loc = pyro.param("loc", x.new_tensor([-1.0, 1.0]))
+    scale = pyro.param("scale", x.new_ones(2), constraint=constraints.positive)
+    with pyro.plate("groups", x.shape[0], dim=-2):
+        z = pyro.sample("z", dist.Categorical(weights))
+        with pyro.plate("rows", x.shape[1], dim=-1):
+            pyro.sample("x", dist.Normal(loc[z], scale[z]), obs=x)
+
+
+def nested_assignments(x: Tensor) -> None:
+    """An assignment of each group, which sets the weights of one of each row in it."""
+    weights = pyro.param("weights", x.new_ones(2) / 2, constraint=constraints.simplex)
+    table = pyro.param(
+        "table", x.new_tensor([[0.7, 0.3], [0.2, 0.8]]), constraint=constraints.simplex
+    )
+    loc = pyro.param("loc", x.new_tensor([-1.0, 1.0]))
+    scale = pyro.param("scale", x.new_ones(2), constraint=constraints.positive)
+    with pyro.plate("groups", x.shape[0], dim=-2):
+        group = pyro.sample("group", dist.Categorical(weights))
+        with pyro.plate("rows", x.shape[1], dim=-1):
+            z = pyro.sample("z", dist.Categorical(table[group]))
+            pyro.sample("x", dist.Normal(loc[z], scale[z]), obs=x)
+
+
+def global_assignment(x: Tensor) -> None:
+    """An assignment outside the plate that sets the weights of all rows at once."""
+    regimes = pyro.sample("regimes", dist.Dirichlet(x.new_full((2,), 2.0)))
+    prior = dist.Dirichlet(x.new_tensor([[30.0, 15.0], [15.0, 30.0]])).to_event(1)
+    weights = pyro.sample("weights", prior)
+    loc = pyro.param("loc", x.new_tensor([-1.0, 1.0]))
+    scale = pyro.param("scale", x.new_tensor(1.0), constraint=constraints.positive)
+    regime = pyro.sample("regime", dist.Categorical(regimes))
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights[regime]))
+        pyro.sample("x", dist.Normal(loc[z], scale), obs=x)
+
+
+# ---------------------------------------------------------------------------------------
+# Chains
+
+
+def chain(x: Tensor) -> None:
+    """A hidden Markov model of one sequence, with priors as there is little to learn from."""
+    initial = pyro.sample("initial", dist.Dirichlet(x.new_full((2,), 2.0)))
+    transition = pyro.sample("transition", dist.Dirichlet(x.new_full((2, 2), 2.0)).to_event(1))
+    loc = pyro.param("loc", x.new_tensor([-1.0, 1.0]))
+    scale = pyro.param("scale", x.new_tensor(1.0), constraint=constraints.positive)
+    z = None
+    for t in pyro.markov(range(len(x))):
+        z = pyro.sample(f"z_{t}", dist.Categorical(initial if z is None else transition[z]))
+        pyro.sample(f"x_{t}", dist.Normal(loc[z], scale), obs=x[t])
+
+
+def chain_sequences(x: Tensor) -> None:
+    """A hidden Markov model of a plate of sequences."""
+    initial = pyro.param("initial", x.new_ones(3) / 3, constraint=constraints.simplex)
+    transition = pyro.param(
+        "transition",
+        (2 * torch.eye(3, dtype=x.dtype)).softmax(-1),
+        constraint=constraints.simplex,
+    )
+    loc = pyro.param("loc", x.new_tensor([-2.0, 0.0, 2.0]))
+    scale = pyro.param("scale", x.new_ones(3), constraint=constraints.positive)
+    with pyro.plate("sequences", len(x)):
+        z = None
+        for t in pyro.markov(range(x.shape[-1])):
+            z = pyro.sample(f"z_{t}", dist.Categorical(initial if z is None else transition[z]))
+            pyro.sample(f"x_{t}", dist.Normal(loc[z], scale[z]), obs=x[:, t])
+
+
+def chain_ragged(x: Tensor, lengths: Tensor) -> None:
+    """Sequences of different lengths, padded and masked, that all start from state 0."""
+    transition = pyro.param(
+        "transition", x.new_tensor([[0.7, 0.3], [0.3, 0.7]]), constraint=constraints.simplex
+    )
+    rate = pyro.param("rate", x.new_tensor([1.0, 4.0]), constraint=constraints.positive)
+    with pyro.plate("sequences", len(x)):
+        z: Any = 0
+        for t in pyro.markov(range(x.shape[-1])):
+            going: Any = t < lengths
+            with poutine.mask(mask=going):
+                z = pyro.sample(f"z_{t}", dist.Categorical(transition[z]))
+                pyro.sample(f"x_{t}", dist.Poisson(rate[z]), obs=x[:, t])
+
+
+def chain_second_order(x: Tensor) -> None:
+    """Each state depends on the two before it; the first two are drawn by themselves."""
+    initial = pyro.param("initial", x.new_ones(2) / 2, constraint=constraints.simplex)
+    transition = pyro.param(
+        "transition", x.new_full((2, 2, 2), 0.5), constraint=constraints.simplex
+    )
+    loc = pyro.param("loc", x.new_tensor([-1.0, 1.0]))
+    scale = pyro.param("scale", x.new_ones(2), constraint=constraints.positive)
+    with pyro.plate("sequences", len(x)):
+        before, last = None, None
+        for t in pyro.markov(range(x.shape[-1]), history=2):
+            probs = initial if before is None else transition[before, last]
+            before, last = last, pyro.sample(f"z_{t}", dist.Categorical(probs))
+            pyro.sample(f"x_{t}", dist.Normal(loc[last], scale[last]), obs=x[:, t])
+
+
+# ---------------------------------------------------------------------------------------
+# Masks
+
+
+def masked_rows(x: Tensor, seen: BoolTensor) -> None:
+    """Some rows were not observed: a mask around the observation."""
+    weights = pyro.param("weights", x.new_ones(2) / 2, constraint=constraints.simplex)
+    loc = pyro.param("loc", x.new_tensor([-1.0, 1.0]))
+    scale = pyro.param("scale", x.new_ones(2), constraint=constraints.positive)
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        with poutine.mask(mask=seen):
+            pyro.sample("x", dist.Normal(loc[z], scale[z]), obs=x)
+
+
+def masked_entries(x: Tensor, seen: Tensor) -> None:
+    """Some entries were not observed: a mask on the distribution, inside its event."""
+    k, d = 2, x.shape[-1]
+    weights = pyro.param("weights", x.new_ones(k) / k, constraint=constraints.simplex)
+    loc = pyro.param("loc", lambda: torch.randn(k, d, dtype=x.dtype))
+    scale = pyro.param("scale", x.new_ones(k, d), constraint=constraints.positive)
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("x", dist.Normal(loc[z], scale[z]).mask(seen).to_event(1), obs=x)
+
+
+# ---------------------------------------------------------------------------------------
+# The table
+
+
+def _real(values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def _blank(*shape: int) -> Tensor:
+    """A place for data that the program will simulate."""
+    return torch.zeros(shape, dtype=torch.float64)
+
+
+def _given(*shape: int, seed: int) -> Tensor:
+    """Data that the program takes as given."""
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def _simulate(
+    model: Callable[..., Any], truth: dict[str, Tensor], data: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """Draw the arguments ``x`` whose site is called "x", or "x_0", "x_1", ... if a sequence."""
+    with SetValues(truth):
+        nodes: Any = poutine.trace(poutine.uncondition(model)).get_trace(*data).nodes
+    drawn = []
+    function = model.forward if isinstance(model, PyroModule) else model
+    for name, value in zip(inspect.signature(function).parameters, data, strict=True):
+        steps = [nodes[f"{name}_{t}"]["value"] for t in range(12) if f"{name}_{t}" in nodes]
+        if name in nodes:
+            drawn.append(nodes[name]["value"])
+        else:
+            drawn.append(torch.stack(steps, -1) if steps else value)
+    return tuple(drawn)
+
+
+def _move(
+    model: Callable[..., Any], truth: dict[str, Tensor], data: tuple[Tensor, ...]
+) -> dict[str, Tensor]:
+    """A point near the truth, by a random step in the unconstrained space."""
+    nodes: Any = poutine.trace(model).get_trace(*data).nodes
+    supports = pyro.get_param_store().get_state()["constraints"]
+    moved = {}
+    for name, value in truth.items():
+        support = supports[name] if name in supports else nodes[name]["fn"].support
+        transform = transform_to(support)
+        free = transform.inv(value)
+        moved[name] = transform(free + 0.3 * torch.randn_like(free))
+    return moved
+
+
+def _problem(
+    model: Callable[..., Any],
+    data: tuple[Tensor, ...],
+    truth: dict[str, Any],
+    tiny: int | tuple[int, int],
+    states: dict[str, int],
+    *symmetries: Axes | Symmetry,
+    row_plate: str | None = "rows",
+    name: str | None = None,
+) -> Problem:
+    """A row of the table. ``tiny`` is how many rows (and steps) to keep."""
+    values = {key: _real(value) for key, value in truth.items()}
+    with torch.random.fork_rng(devices=[]), pyro.get_param_store().scope():
+        torch.manual_seed(20)
+        data = _simulate(model, values, data)
+        params = _move(model, values, data)
+    rows, steps = tiny if isinstance(tiny, tuple) else (tiny, None)
+    cut = tuple(x[:rows] if steps is None or x.dim() < 2 else x[:rows, :steps] for x in data)
+    renamings = tuple(
+        s if isinstance(s, Symmetry) else Symmetry(tuple(states), s) for s in symmetries
+    )
+    return Problem(
+        name or getattr(model, "__name__"),  # noqa: B009
+        model,
+        data,
+        params,
+        cut,
+        states,
+        row_plate,
+        renamings,
+    )
+
+
+_WEIGHTS2 = [0.4, 0.6]
+_WEIGHTS3 = [0.25, 0.35, 0.4]
+_LOC22 = [[-1.5, 0.5], [1.5, -0.5]]
+_LOC32 = [[-2.0, 0.0], [0.5, 2.0], [2.0, -1.0]]
+_COV22 = [[[1.0, 0.5], [0.5, 1.5]], [[0.8, -0.3], [-0.3, 0.6]]]
+_PROBS36 = [
+    [0.85, 0.8, 0.75, 0.3, 0.2, 0.15],
+    [0.2, 0.3, 0.25, 0.8, 0.85, 0.7],
+    [0.2, 0.75, 0.3, 0.25, 0.8, 0.2],
+]
+_LOGITS = [
+    [[1.0, 0.0, -0.5, -1.0], [0.5, 1.0, -1.0, 0.0], [-1.0, 0.0, 0.5, 1.0]],
+    [[-1.0, 0.0, 0.5, 1.0], [-0.5, -1.0, 1.0, 0.5], [1.0, 0.5, 0.0, -1.0]],
+]
+_WORDS = [[0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4], [0.2, 0.5, 0.2, 0.1]]
+_SECOND_ORDER = [[[0.8, 0.2], [0.4, 0.6]], [[0.6, 0.4], [0.1, 0.9]]]
+_CHAIN_AXES: Axes = (
+    ("initial", 0),
+    ("transition", 0),
+    ("transition", 1),
+    ("loc", 0),
+    ("scale", 0),
+)
+_GAUSSIAN_AXES: Axes = (("weights", 0), ("loc", 0), ("scale", 0))
+
+PROBLEMS: list[Problem] = [
+    _problem(
+        gaussian_mixture,
+        (_blank(150),),
+        {"weights": _WEIGHTS3, "loc": [-2.5, 0.0, 3.0], "scale": [0.8, 0.6, 1.2]},
+        4,
+        {"z": 3},
+        _GAUSSIAN_AXES,
+    ),
+    _problem(
+        diagonal_gaussian,
+        (_blank(120, 2),),
+        {
+            "weights": _WEIGHTS3,
+            "loc": _LOC32,
+            "scale": [[0.7, 1.0], [1.0, 0.6], [0.8, 0.9]],
+        },
+        4,
+        {"z": 3},
+        _GAUSSIAN_AXES,
+    ),
+    _problem(
+        full_gaussian,
+        (_blank(120, 2),),
+        {"weights": _WEIGHTS2, "loc": _LOC22, "cov": _COV22},
+        6,
+        {"z": 2},
+        (("weights", 0), ("loc", 0), ("cov", 0)),
+    ),
+    _problem(
+        tied_gaussian,
+        (_blank(120, 2),),
+        {"weights": _WEIGHTS3, "loc": _LOC32, "cov": _COV22[0]},
+        4,
+        {"z": 3},
+        (("weights", 0), ("loc", 0)),
+    ),
+    _problem(
+        cholesky_gaussian,
+        (_blank(120, 2),),
+        {
+            "weights": _WEIGHTS2,
+            "loc": _LOC22,
+            "scale_tril": [[[1.0, 0.0], [0.5, 1.1]], [[0.9, 0.0], [-0.3, 0.7]]],
+        },
+        6,
+        {"z": 2},
+        (("weights", 0), ("loc", 0), ("scale_tril", 0)),
+    ),
+    _problem(
+        precision_gaussian,
+        (_blank(120, 2),),
+        {"weights": _WEIGHTS2, "loc": _LOC22, "precision": _COV22},
+        6,
+        {"z": 2},
+        (("weights", 0), ("loc", 0), ("precision", 0)),
+    ),
+    _problem(
+        shared_mean,
+        (_blank(150),),
+        {"weights": _WEIGHTS2, "loc": 0.5, "scale": [0.4, 2.5]},
+        6,
+        {"z": 2},
+        (("weights", 0), ("scale", 0)),
+    ),
+    _problem(
+        GaussianModule(2),
+        (_blank(100),),
+        {"weights": _WEIGHTS2, "loc": [-1.5, 1.5], "scale": [0.8, 1.1]},
+        6,
+        {"z": 2},
+        _GAUSSIAN_AXES,
+        name="gaussian_module",
+    ),
+    _problem(
+        gaussian_inverse_gamma,
+        (_blank(120),),
+        {"weights": _WEIGHTS3, "loc": [-2.5, 0.0, 3.0], "var": [0.6, 0.4, 1.2]},
+        4,
+        {"z": 3},
+        (("weights", 0), ("loc", 0), ("var", 0)),
+    ),
+    _problem(
+        gaussian_conjugate,
+        (_blank(100),),
+        {"weights": _WEIGHTS2, "loc": [-1.5, 1.5], "var": [0.6, 1.2]},
+        6,
+        {"z": 2},
+        (("weights", 0), ("loc", 0), ("var", 0)),
+    ),
+    _problem(
+        gaussian_gamma_precision,
+        (_blank(100),),
+        {"weights": _WEIGHTS2, "loc": [-1.5, 1.5], "precision": [2.0, 1.0]},
+        6,
+        {"z": 2},
+        (("weights", 0), ("loc", 0), ("precision", 0)),
+    ),
+    _problem(
+        gaussian_lognormal_scale,
+        (_blank(100),),
+        {"weights": _WEIGHTS2, "loc": [-1.5, 1.5], "scale": [0.7, 1.2]},
+        6,
+        {"z": 2},
+        _GAUSSIAN_AXES,
+    ),
+    _problem(
+        gaussian_and_poisson,
+        (_blank(120), _blank(120)),
+        {
+            "weights": _WEIGHTS3,
+            "loc": [-1.5, 0.0, 2.0],
+            "scale": [0.8, 1.0, 0.6],
+            "rate": [1.0, 6.0, 2.5],
+        },
+        4,
+        {"z": 3},
+        (*_GAUSSIAN_AXES, ("rate", 0)),
+    ),
+    _problem(
+        latent_class,
+        (_blank(150, 6),),
+        {"weights": _WEIGHTS3, "probs": _PROBS36},
+        4,
+        {"z": 3},
+        (("weights", 0), ("probs", 0)),
+    ),
+    _problem(
+        latent_class_plates,
+        (_blank(150, 6),),
+        {"weights": _WEIGHTS3, "probs": _PROBS36},
+        4,
+        {"z": 3},
+        (("weights", 0), ("probs", 0)),
+    ),
+    _problem(
+        poisson_mixture,
+        (_blank(150),),
+        {"weights": _WEIGHTS3, "rate": [1.0, 5.0, 12.0]},
+        4,
+        {"z": 3},
+        (("weights", 0), ("rate", 0)),
+    ),
+    _problem(
+        poisson_exp_link,
+        (_blank(120),),
+        {"weights": _WEIGHTS2, "log_rate": [0.2, 1.8]},
+        6,
+        {"z": 2},
+        (("weights", 0), ("log_rate", 0)),
+    ),
+    _problem(
+        categorical_logits,
+        (torch.zeros(150, 3, dtype=torch.long),),
+        {"weights": _WEIGHTS2, "logits": _LOGITS},
+        6,
+        {"z": 2},
+        (("weights", 0), ("logits", 0)),
+    ),
+    _problem(
+        exponential_mixture,
+        (_blank(150),),
+        {"weights": _WEIGHTS2, "rate": [0.3, 3.0]},
+        6,
+        {"z": 2},
+        (("weights", 0), ("rate", 0)),
+    ),
+    _problem(
+        gamma_mixture,
+        (_blank(150),),
+        {"weights": _WEIGHTS2, "shape": [1.5, 6.0], "rate": [2.0, 1.0]},
+        6,
+        {"z": 2},
+        (("weights", 0), ("shape", 0), ("rate", 0)),
+    ),
+    _problem(
+        multinomial_mixture,
+        (_blank(80, 4),),
+        {"weights": _WEIGHTS3, "probs": _WORDS},
+        4,
+        {"z": 3},
+        (("weights", 0), ("probs", 0)),
+    ),
+    _problem(
+        linear_regressions,
+        (_given(120, 2, seed=1), _blank(120)),
+        {"weights": _WEIGHTS2, "beta": [[2.0, -1.0], [-1.0, 1.0]], "scale": [0.5, 0.8]},
+        6,
+        {"z": 2},
+        (("weights", 0), ("beta", 0), ("scale", 0)),
+    ),
+    _problem(
+        poisson_regressions,
+        (_given(150, 2, seed=2), _blank(150)),
+        {"weights": _WEIGHTS2, "beta": [[1.0, -0.5], [-0.7, 0.8]]},
+        6,
+        {"z": 2},
+        (("weights", 0), ("beta", 0)),
+    ),
+    _problem(
+        one_hot_assignment,
+        (_blank(120, 2),),
+        {"weights": _WEIGHTS3, "loc": _LOC32, "scale": [0.8, 1.1]},
+        4,
+        {"z": 3},
+        (("weights", 0), ("loc", 0)),
+    ),
+    _problem(
+        bernoulli_where,
+        (_blank(150),),
+        {"prob": 0.25, "loc": 0.5, "narrow": 0.6, "wide": 3.0},
+        6,
+        {"outlier": 2},
+    ),
+    _problem(
+        bernoulli_blend,
+        (_blank(120),),
+        {"prob": 0.4, "low": -1.2, "high": 1.5, "scale": 0.8},
+        6,
+        {"z": 2},
+    ),
+    _problem(
+        binomial_assignment,
+        (_blank(120),),
+        {"frequency": 0.4, "loc": [-2.0, 0.5, 2.0], "scale": 0.7},
+        4,
+        {"copies": 3},
+    ),
+    _problem(
+        two_assignments_table,
+        (_blank(150),),
+        {
+            "row_weights": _WEIGHTS2,
+            "column_weights": _WEIGHTS3,
+            "loc": [[-4.0, 0.0, 2.0], [-2.0, 4.0, 6.0]],
+            "scale": [0.5, 0.8, 0.6],
+        },
+        3,
+        {"row": 2, "column": 3},
+        Symmetry(("row",), (("row_weights", 0), ("loc", 0))),
+        Symmetry(("column",), (("column_weights", 0), ("loc", 1), ("scale", 0))),
+    ),
+    _problem(
+        two_assignments_sum,
+        (_blank(150),),
+        {
+            "first_weights": _WEIGHTS2,
+            "second_weights": [0.7, 0.3],
+            "a": [-3.0, 3.0],
+            "b": [-1.0, 1.2],
+            "scale": 0.6,
+        },
+        3,
+        {"z1": 2, "z2": 2},
+        Symmetry(("z1",), (("first_weights", 0), ("a", 0))),
+        Symmetry(("z2",), (("second_weights", 0), ("b", 0))),
+    ),
+    _problem(
+        hierarchical_assignment,
+        (_blank(150), _blank(150)),
+        {
+            "weights": _WEIGHTS2,
+            "table": [[0.6, 0.3, 0.1], [0.1, 0.3, 0.6]],
+            "prob": [0.2, 0.9],
+            "loc": [-2.0, 0.0, 2.5],
+            "scale": 0.7,
+        },
+        3,
+        {"z1": 2, "z2": 3},
+        Symmetry(("z1",), (("weights", 0), ("table", 0), ("prob", 0))),
+        Symmetry(("z2",), (("table", 1), ("loc", 0))),
+    ),
+    _problem(
+        grouped_rows,
+        (_blank(60, 3),),
+        {"weights": _WEIGHTS2, "loc": [-0.8, 0.8], "scale": [0.8, 1.2]},
+        6,
+        {"z": 2},
+        _GAUSSIAN_AXES,
+        row_plate="groups",
+    ),
+    _problem(
+        nested_assignments,
+        (_blank(80, 6),),
+        {
+            "weights": _WEIGHTS2,
+            "table": [[0.8, 0.2], [0.2, 0.8]],
+            "loc": [-1.6, 1.6],
+            "scale": [0.8, 1.0],
+        },
+        (2, 3),
+        {"group": 2, "z": 2},
+        Symmetry(("group",), (("weights", 0), ("table", 0))),
+        Symmetry(("z",), (("table", 1), ("loc", 0), ("scale", 0))),
+        row_plate="groups",
+    ),
+    _problem(
+        global_assignment,
+        (_blank(60),),
+        {
+            "regimes": _WEIGHTS2,
+            "weights": [[0.6, 0.4], [0.4, 0.6]],
+            "loc": [-1.0, 1.2],
+            "scale": 0.8,
+        },
+        6,
+        {"regime": 2, "z": 2},
+        row_plate=None,
+    ),
+    _problem(
+        chain,
+        (_blank(12),),
+        {
+            "initial": _WEIGHTS2,
+            "transition": [[0.8, 0.2], [0.3, 0.7]],
+            "loc": [-1.0, 1.2],
+            "scale": 0.9,
+        },
+        7,
+        {f"z_{t}": 2 for t in range(12)},
+        _CHAIN_AXES[:4],
+        row_plate=None,
+    ),
+    _problem(
+        chain_sequences,
+        (_blank(60, 5),),
+        {
+            "initial": _WEIGHTS3,
+            "transition": [[0.7, 0.2, 0.1], [0.2, 0.6, 0.2], [0.1, 0.3, 0.6]],
+            "loc": [-2.5, 0.0, 3.0],
+            "scale": [0.8, 0.7, 1.0],
+        },
+        (2, 2),
+        {f"z_{t}": 3 for t in range(5)},
+        _CHAIN_AXES,
+        row_plate="sequences",
+    ),
+    _problem(
+        chain_ragged,
+        (_blank(80, 5), torch.arange(80) * 3 % 5 + 1),
+        {"transition": [[0.7, 0.3], [0.2, 0.8]], "rate": [1.0, 5.0]},
+        (2, 4),
+        {f"z_{t}": 2 for t in range(5)},
+        row_plate="sequences",
+    ),
+    _problem(
+        chain_second_order,
+        (_blank(60, 5),),
+        {
+            "initial": _WEIGHTS2,
+            "transition": _SECOND_ORDER,
+            "loc": [-1.0, 1.2],
+            "scale": [0.8, 1.0],
+        },
+        (2, 4),
+        {f"z_{t}": 2 for t in range(5)},
+        (*_CHAIN_AXES, ("transition", 2)),
+        row_plate="sequences",
+    ),
+    _problem(
+        masked_rows,
+        (_blank(120), torch.arange(120) % 3 != 1),
+        {"weights": _WEIGHTS2, "loc": [-1.5, 1.5], "scale": [0.8, 1.1]},
+        6,
+        {"z": 2},
+        _GAUSSIAN_AXES,
+    ),
+    _problem(
+        masked_entries,
+        (_blank(120, 2), torch.arange(240).reshape(120, 2) % 5 != 1),
+        {"weights": _WEIGHTS2, "loc": _LOC22, "scale": [[0.8, 1.0], [1.1, 0.7]]},
+        6,
+        {"z": 2},
+        _GAUSSIAN_AXES,
+    ),
+]
