@@ -1,6 +1,7 @@
 """pyroem: closed-form EM and gradient MAP for any Pyro program with discrete assignments."""
 
 from pyroem.api import e_step, expected_log_joint, log_joint
+from pyroem.compare import Comparison, Row, compare
 from pyroem.em import EM
 from pyroem.errors import DataError, ModelError, PyroemError, SettingError
 from pyroem.estep.trace import Posterior
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 __all__ = [
     "EM",
     "MAP",
+    "Comparison",
     "Coordinate",
     "DataError",
     "Family",
@@ -23,8 +25,10 @@ __all__ = [
     "PyroemError",
     "Record",
     "Restart",
+    "Row",
     "SettingError",
     "Status",
+    "compare",
     "e_step",
     "expected_log_joint",
     "exponential_family",

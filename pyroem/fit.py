@@ -141,16 +141,18 @@ class Solver:
         )
         self.check(problem)
         with isolated(self.dtype, seed):
-            chosen = starts(problem, init, restarts, seed)
-            runs = []
-            for i, start in enumerate(chosen):
-                label = self.name if restarts == 1 else f"{self.name} {i + 1}/{restarts}"
-                runs.append(self._run(problem, start, label))
-                if runs[-1].status is Status.INTERRUPTED:
-                    break
-            order = sorted(range(len(runs)), key=lambda i: _rank(runs[i]), reverse=True)
-            best = order[0]
-            return _finish(problem, self, chosen[best], runs[best], tuple(runs))
+            return self.solve(problem, starts(problem, init, restarts, seed))
+
+    def solve(self, problem: Problem, chosen: list[Start]) -> Fit:
+        """Run from every start; the best healthy run becomes the fit."""
+        runs: list[Outcome] = []
+        for i, start in enumerate(chosen):
+            label = self.name if len(chosen) == 1 else f"{self.name} {i + 1}/{len(chosen)}"
+            runs.append(self._run(problem, start, label))
+            if runs[-1].status is Status.INTERRUPTED:
+                break
+        best = max(range(len(runs)), key=lambda i: _rank(runs[i]))
+        return _finish(problem, self, chosen[best], runs[best], tuple(runs))
 
     def _run(self, problem: Problem, start: Start, label: str) -> Outcome:
         outcome = iterate(

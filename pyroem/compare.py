@@ -1,0 +1,223 @@
+"""Several solvers on one problem: one start, one objective, one clock."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from scipy.optimize import linear_sum_assignment
+
+from pyroem._pyro import isolated
+from pyroem.em import EM
+from pyroem.errors import SettingError
+from pyroem.estep.trace import posterior
+from pyroem.fit import Fit, Solver
+from pyroem.gradient import MAP
+from pyroem.problem import Problem, pose
+from pyroem.starts import starts
+from pyroem.structure import Params
+from pyroem.symmetry import permute, state_groups
+
+
+@dataclass(frozen=True)
+class Row:
+    """One solver's line in the table.
+
+    ``gap`` is the best objective of the table less this one; ``parameter_difference`` the largest
+    absolute difference of any parameter's element to the best fit, states matched.
+    """
+
+    name: str
+    log_joint: float
+    log_likelihood: float
+    gap: float
+    iterations: int
+    passes: int
+    seconds: float
+    status: str
+    converged: bool
+    parameter_difference: float
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """The fits of several solvers from one start, and their table."""
+
+    rows: list[Row]
+    fits: dict[str, Fit]
+    best: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings: the rows, and every solver's history."""
+        return {
+            "best": self.best,
+            "rows": [asdict(row) for row in self.rows],
+            "history": {
+                name: [record._asdict() for record in fit.history]
+                for name, fit in self.fits.items()
+            },
+        }
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draw the gap to the best objective against iterations and seconds (two axes)."""
+        from pyroem.plot import comparison
+
+        return comparison(self, ax)
+
+    def _cells(self) -> list[list[str]]:
+        table = [
+            ["solver", "log_joint", "log_likelihood", "gap", "iterations", "passes", "seconds",
+             "status", "max param diff"]
+        ]
+        for r in self.rows:
+            table.append(
+                [r.name, f"{r.log_joint:.6f}", f"{r.log_likelihood:.6f}", f"{r.gap:.1e}",
+                 str(r.iterations), str(r.passes), f"{r.seconds:.3f}", r.status,
+                 f"{r.parameter_difference:.1e}"]
+            )
+        return table
+
+    def __str__(self) -> str:
+        table = self._cells()
+        widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+        left = {0, 7}
+        lines = [
+            "  ".join(
+                c.ljust(w) if i in left else c.rjust(w)
+                for i, (c, w) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in table
+        ]
+        return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        head, *body = self._cells()
+        cell = "".join(f"<th>{html.escape(c)}</th>" for c in head)
+        rows = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in body
+        )
+        return f"<table><thead><tr>{cell}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+def default_solvers() -> dict[str, Solver]:
+    """EM, and MAP with Adam and with L-BFGS."""
+    return {"EM": EM(), "MAP (Adam)": MAP("adam"), "MAP (L-BFGS)": MAP("lbfgs")}
+
+
+def compare(
+    model: Callable[..., Any],
+    *args: Any,
+    solvers: Mapping[str, Solver] | None = None,
+    init: Any = "auto",
+    restarts: int = 1,
+    seed: int = 0,
+    weights: Any = None,
+    **kwargs: Any,
+) -> Comparison:
+    """Fit one program with several solvers, each from the same start (or starts).
+
+    Every fit is judged on the same ``log_joint``. Seconds and passes are those of the iterations
+    from the start on; reading the program and finding the start are shared and not counted.
+
+    Raises
+    ------
+    SettingError
+        Where ``solvers`` is not a mapping of names to solvers; else as ``Solver.fit``.
+    """
+    chosen = dict(default_solvers() if solvers is None else solvers)
+    if not chosen:
+        raise SettingError("solvers: expected at least one solver, got none.")
+    for name, solver in chosen.items():
+        if not isinstance(solver, Solver):
+            raise SettingError(
+                f"solvers: '{name}' must be a solver such as EM() or MAP(), got"
+                f" {type(solver).__name__}."
+            )
+    problems: dict[Any, Problem] = {}
+    fits: dict[str, Fit] = {}
+    common = None
+    for name, solver in chosen.items():
+        key = (solver.dtype, solver.fixed, solver.floor)
+        if key not in problems:
+            problems[key] = pose(
+                model, args, kwargs, dtype=solver.dtype, fixed=solver.fixed, floor=solver.floor,
+                weights=weights,
+            )
+        problem = problems[key]
+        solver.check(problem)
+        with isolated(solver.dtype, seed):
+            if common is None:
+                common = starts(problem, init, restarts, seed)
+            fits[name] = solver.solve(problem, common)
+    ends = {name: fit.log_joint for name, fit in fits.items() if fit.log_joint == fit.log_joint}
+    best = max(ends, key=lambda name: ends[name]) if ends else next(iter(fits))
+    rows = [_row(name, fit, fits[best]) for name, fit in fits.items()]
+    return Comparison(rows, fits, best)
+
+
+def _row(name: str, fit: Fit, best: Fit) -> Row:
+    last = fit.history[-1]
+    return Row(
+        name,
+        fit.log_joint,
+        fit.log_likelihood,
+        best.log_joint - fit.log_joint,
+        fit.n_iter,
+        last.passes,
+        last.seconds,
+        str(fit.status),
+        fit.converged,
+        parameter_difference(fit, best),
+    )
+
+
+def parameter_difference(fit: Fit, reference: Fit) -> float:
+    """The largest absolute difference of any parameter, after the states are matched."""
+    if fit is reference:
+        return 0.0
+    own = _canonical(reference, reference.params)
+    other = _canonical(reference, match(fit, reference))
+    return max((float((own[n] - other[n]).abs().max()) for n in own if own[n].numel()), default=0.0)
+
+
+def match(fit: Fit, reference: Fit) -> Params:
+    """The parameters of ``fit``, its states renamed as those of ``reference``.
+
+    States are paired to agree on as many rows as possible (the Hungarian algorithm on the overlap
+    of the posteriors).
+    """
+    structure, plan = reference.problem.structure, reference.problem.plan
+    params = {n: v.to(reference.params[n].dtype) for n, v in fit.params.items()}
+    with isolated(structure.program.dtype, 0):
+        a = posterior(structure, reference.params).marginals
+        b = posterior(structure, params).marginals
+    for group in state_groups(structure, plan):
+        k = group.num_states
+        if not group.axes and not group.complements:
+            continue
+        overlap = torch.zeros((k, k), dtype=structure.program.dtype)
+        for z in group.assignments:
+            overlap += a[z].reshape(-1, k).T @ b[z].reshape(-1, k)
+        if not overlap.isfinite().all():
+            continue
+        _, order = linear_sum_assignment(overlap.numpy(), maximize=True)
+        params = permute(params, group, torch.as_tensor(order))
+    return params
+
+
+def _canonical(fit: Fit, params: Params) -> Params:
+    """Parameters of which only ratios or differences count, normalised."""
+    result = dict(params)
+    for name, block in fit.problem.plan.blocks.items():
+        if block.uses:
+            result[name] = block.uses[0].coordinate.canonical(params[name])
+    return result
+
+
+__all__ = ["Comparison", "Row", "compare", "default_solvers", "match", "parameter_difference"]
