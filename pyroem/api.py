@@ -12,7 +12,7 @@ from pyroem._pyro import isolated
 from pyroem.errors import SettingError
 from pyroem.estep.trace import Posterior, posterior
 from pyroem.mstep.update import expected_sum
-from pyroem.structure import read
+from pyroem.reading import read
 
 Model = Callable[..., Any]
 

@@ -14,9 +14,10 @@ from pyroem._pyro import isolated
 from pyroem.em import EM
 from pyroem.errors import SettingError
 from pyroem.estep.trace import posterior
-from pyroem.fit import Fit, Solver
+from pyroem.fit import Fit
 from pyroem.gradient import MAP
 from pyroem.problem import Problem, pose
+from pyroem.solver import Solver
 from pyroem.starts import starts
 from pyroem.structure import Params
 from pyroem.symmetry import permute, state_groups
@@ -69,14 +70,31 @@ class Comparison:
 
     def _cells(self) -> list[list[str]]:
         table = [
-            ["solver", "log_joint", "log_likelihood", "gap", "iterations", "passes", "seconds",
-             "status", "max param diff"]
+            [
+                "solver",
+                "log_joint",
+                "log_likelihood",
+                "gap",
+                "iterations",
+                "passes",
+                "seconds",
+                "status",
+                "max param diff",
+            ]
         ]
         for r in self.rows:
             table.append(
-                [r.name, f"{r.log_joint:.6f}", f"{r.log_likelihood:.6f}", f"{r.gap:.1e}",
-                 str(r.iterations), str(r.passes), f"{r.seconds:.3f}", r.status,
-                 f"{r.parameter_difference:.1e}"]
+                [
+                    r.name,
+                    f"{r.log_joint:.6f}",
+                    f"{r.log_likelihood:.6f}",
+                    f"{r.gap:.1e}",
+                    str(r.iterations),
+                    str(r.passes),
+                    f"{r.seconds:.3f}",
+                    r.status,
+                    f"{r.parameter_difference:.1e}",
+                ]
             )
         return table
 
@@ -125,7 +143,7 @@ def compare(
     Every fit is judged on the same ``log_joint``. Seconds and passes are those of the iterations
     from the start on; reading the program and finding the start are shared and not counted.
 
-    Raises
+    Raises:
     ------
     SettingError
         Where ``solvers`` is not a mapping of names to solvers; else as ``Solver.fit``.
@@ -146,7 +164,12 @@ def compare(
         key = (solver.dtype, solver.fixed, solver.floor)
         if key not in problems:
             problems[key] = pose(
-                model, args, kwargs, dtype=solver.dtype, fixed=solver.fixed, floor=solver.floor,
+                model,
+                args,
+                kwargs,
+                dtype=solver.dtype,
+                fixed=solver.fixed,
+                floor=solver.floor,
                 weights=weights,
             )
         problem = problems[key]
@@ -154,6 +177,7 @@ def compare(
         with isolated(solver.dtype, seed):
             if common is None:
                 common = starts(problem, init, restarts, seed)
+            solver.begin(problem, common[0].params)  # what is made once is not on the clock
             fits[name] = solver.solve(problem, common)
     ends = {name: fit.log_joint for name, fit in fits.items() if fit.log_joint == fit.log_joint}
     best = max(ends, key=lambda name: ends[name]) if ends else next(iter(fits))

@@ -16,19 +16,22 @@ MISSING_FLOOR = 1e-14  # of the data's variance, where the floor is turned off
 
 def collapsed(problem: Problem, params: Params) -> list[str]:
     """The variances that have run to their floor, by parameter and component."""
-    messages, covered = [], set()
+    messages: list[str] = []
+    covered: set[str] = set()
     for name, floor in problem.floors.items():
         block = problem.plan.blocks[name]
         clip = block.uses[0].coordinate.clip
         assert clip is not None and block.form is not None
-        moved = ~torch.isclose(clip(params[name], floor * 1.0001), params[name], rtol=1e-7, atol=0.0)
+        moved = ~torch.isclose(
+            clip(params[name], floor * 1.0001), params[name], rtol=1e-7, atol=0.0
+        )
         if block.form.event_dim:
             moved = moved.flatten(-block.form.event_dim).any(-1)
         covered.update(use.site.name for use in block.uses)
         if moved.any():
-            site = block.uses[0].site.name
+            spread = block.uses[0].site.name
             messages.append(
-                f"{name}{_where(moved)} (the spread of site '{site}') ran to its floor"
+                f"{name}{_where(moved)} (the spread of site '{spread}') ran to its floor"
             )
     for site in problem.plan.reading.sites.values():
         if site.family.variance is None or site.scale is None or site.name in covered:
@@ -69,9 +72,10 @@ def dead(problem: Problem, expected: Expected) -> list[str]:
 def _counts(problem: Problem, z: str, expected: Expected, num_states: int) -> Tensor:
     """Expected number of rows in each state."""
     values = expected.statistics[z].values
-    if values[0].shape[-1:] == (num_states,) and problem.plan.reading.sites[z].family.event_dims[
-        0
-    ] == 1:
+    if (
+        values[0].shape[-1:] == (num_states,)
+        and problem.plan.reading.sites[z].family.event_dims[0] == 1
+    ):
         return values[0].reshape(-1, num_states).sum(0)
     return torch.stack([values[1].sum(), values[0].sum()])  # failures, successes
 

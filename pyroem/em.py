@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pyroem.errors import ModelError
-from pyroem.fit import Solver
 from pyroem.loop import State
 from pyroem.mstep.update import Expected
 from pyroem.problem import Problem
+from pyroem.solver import Solver
 from pyroem.structure import Params
 
 
@@ -22,7 +22,7 @@ class EM(Solver):
     steps; ``Fit.explain()`` says which and why. No iteration lowers the objective.
 
     Source: Dempster, Laird and Rubin (1977); Meng and Rubin (1993) for blocks updated in turn.
-    Settings are those of :class:`~pyroem.fit.Solver`.
+    Settings are those of :class:`~pyroem.solver.Solver`.
     """
 
     name = "EM"

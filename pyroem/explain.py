@@ -33,8 +33,9 @@ def describe(fit: Fit) -> str:
         + ".",
         "Engine: trace (one enumerated Pyro trace for each pass over the data).",
         "",
-        "How EM updates each parameter:" if fit.solver.name == "EM" else
-        f"{fit.solver.name} follows the gradient of all parameters; EM would update each:",
+        "How EM updates each parameter:"
+        if fit.solver.name == "EM"
+        else f"{fit.solver.name} follows the gradient of all parameters; EM would update each:",
     ]
     for name in structure.parameters:
         block = problem.plan.blocks[name]

@@ -1,12 +1,12 @@
-"""Fits: the base of all solvers, and what they return."""
+"""What a solver returns: the parameters, how they were found, and what follows from them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import pyro
 import torch
@@ -14,203 +14,17 @@ from pyro import distributions as dist
 from torch import Tensor
 
 from pyroem._pyro import isolated, unwrap
-from pyroem.diagnose import collapsed, dead
 from pyroem.errors import ModelError, SettingError
 from pyroem.estep.trace import factor_weights, posterior
 from pyroem.explain import describe
 from pyroem.families import forms
-from pyroem.loop import Outcome, Record, State, Status, iterate
-from pyroem.problem import Problem, check_weights, pose
-from pyroem.starts import Start, starts
-from pyroem.structure import Params, Structure, read
-from pyroem.symmetry import coinciding
+from pyroem.loop import Record, Status
+from pyroem.problem import Problem, pose
+from pyroem.reading import read
+from pyroem.structure import Params, Structure
 
-
-@dataclass(frozen=True, kw_only=True)
-class Solver:
-    """Settings that all solvers share. A solver holds settings only; ``fit`` takes the problem.
-
-    Parameters
-    ----------
-    tol
-        Stop when the objective changes by no more than this (in nats a row) ...
-    param_tol
-        ... and every parameter by no more than this fraction of its largest element.
-    max_iter
-        The most iterations from one start.
-    fixed
-        Names of parameters that are held at their start.
-    floor
-        No variance goes below this fraction of the data's own variance; 0 turns the floor off. A
-        variance that ends at its floor makes the fit DEGENERATE.
-    dtype
-        The floating type of the fit; data and constants are cast to it.
-    progress
-        Show a line of progress on stderr.
-    """
-
-    tol: float = 1e-8
-    param_tol: float = 1e-5
-    max_iter: int = 1000
-    fixed: Iterable[str] = ()
-    floor: float = 1e-10
-    dtype: torch.dtype = torch.float64
-    progress: bool = False
-
-    name: ClassVar[str] = "solver"
-
-    def __post_init__(self) -> None:
-        own = type(self).__name__
-        for key in ("tol", "param_tol", "floor"):
-            value = getattr(self, key)
-            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                raise SettingError(f"{own}: {key} must be a number >= 0, got {value!r}.")
-        if isinstance(self.max_iter, bool) or not isinstance(self.max_iter, int) or (
-            self.max_iter < 1
-        ):
-            raise SettingError(f"{own}: max_iter must be a positive integer, got {self.max_iter!r}.")
-        if self.dtype not in (torch.float32, torch.float64):
-            raise SettingError(
-                f"{own}: dtype must be torch.float64 or torch.float32, got {self.dtype!r}."
-            )
-        fixed = (self.fixed,) if isinstance(self.fixed, str) else tuple(self.fixed)
-        object.__setattr__(self, "fixed", fixed)
-
-    @property
-    def monotone(self) -> bool:
-        """Whether a step that lowers the objective is an error."""
-        raise NotImplementedError
-
-    @property
-    def patience(self) -> int:
-        """For how many iterations in a row the stopping rule must hold."""
-        raise NotImplementedError
-
-    def check(self, problem: Problem) -> None:
-        """Raise where the solver cannot work on the problem."""
-
-    def begin(self, problem: Problem, params: Params) -> State:
-        """The state at the start."""
-        raise NotImplementedError
-
-    def step(self, problem: Problem, state: State) -> State:
-        """One iteration."""
-        raise NotImplementedError
-
-    def fit(
-        self,
-        model: Callable[..., Any],
-        *args: Any,
-        init: Any = "auto",
-        restarts: int = 1,
-        seed: int = 0,
-        weights: Any = None,
-        **kwargs: Any,
-    ) -> Fit:
-        """Fit a Pyro program to data.
-
-        Parameters
-        ----------
-        model, args, kwargs
-            The program and what it is called with. (A program whose own argument is called
-            ``init``, ``restarts``, ``seed`` or ``weights`` is wrapped with ``functools.partial``.)
-        init
-            ``"auto"`` (the program's own values where they tell the states apart, else the best
-            of several guesses), ``"kmeans"``, ``"random"``, ``"prior"``, ``"model"`` (the values
-            that the program gives), a dict of values (what it lacks is found), or a ``Fit``.
-        restarts
-            The number of starts; the best fit is returned, with the objective of each.
-        seed
-            Of all that is random. The global random state is left alone.
-        weights
-            One non-negative weight a row: 2 counts a row twice, 0 leaves it out.
-
-        Raises
-        ------
-        PyroemError
-            For a program, data or settings that cannot work, before any fitting; never for a fit
-            that goes badly (see ``Fit.status``).
-        """
-        if isinstance(restarts, bool) or not isinstance(restarts, int) or restarts < 1:
-            raise SettingError(f"restarts must be a positive integer, got {restarts!r}.")
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-            raise SettingError(f"seed must be an integer from 0 to 2**32 - 1, got {seed!r}.")
-        problem = pose(
-            model, args, kwargs, dtype=self.dtype, fixed=self.fixed, floor=self.floor,
-            weights=weights,
-        )
-        self.check(problem)
-        with isolated(self.dtype, seed):
-            return self.solve(problem, starts(problem, init, restarts, seed))
-
-    def solve(self, problem: Problem, chosen: list[Start]) -> Fit:
-        """Run from every start; the best healthy run becomes the fit."""
-        runs: list[Outcome] = []
-        for i, start in enumerate(chosen):
-            label = self.name if len(chosen) == 1 else f"{self.name} {i + 1}/{len(chosen)}"
-            runs.append(self._run(problem, start, label))
-            if runs[-1].status is Status.INTERRUPTED:
-                break
-        best = max(range(len(runs)), key=lambda i: _rank(runs[i]))
-        return _finish(problem, self, chosen[best], runs[best], tuple(runs))
-
-    def _run(self, problem: Problem, start: Start, label: str) -> Outcome:
-        outcome = iterate(
-            problem,
-            self,
-            start.params,
-            tol=self.tol,
-            param_tol=self.param_tol,
-            max_iter=self.max_iter,
-            progress=self.progress,
-            label=label,
-        )
-        return _judge(problem, start, outcome)
-
-
-def _rank(run: Outcome) -> tuple[bool, bool, float]:
-    value = run.state.log_joint
-    finite = math.isfinite(value)
-    healthy = run.status not in (Status.DEGENERATE, Status.NON_FINITE)
-    return finite, healthy, value if finite else -math.inf
-
-
-def _judge(problem: Problem, start: Start, outcome: Outcome) -> Outcome:
-    """Look at where a run ended: collapse and symmetry overrule convergence."""
-    params = outcome.state.params
-    if outcome.status in (Status.NON_FINITE, Status.DECREASED):
-        return outcome
-    expected, _ = problem.e_step(params)
-    problems = collapsed(problem, params) + dead(problem, expected)
-    if problems:
-        return replace(outcome, status=Status.DEGENERATE, message="; ".join(problems))
-    structure, plan = problem.structure, problem.plan
-    same = coinciding(structure, plan, start.params)
-    if same:
-        still = coinciding(structure, plan, params)
-        stuck = {z: [p for p in pairs if p in still.get(z, [])] for z, pairs in same.items()}
-        stuck = {z: pairs for z, pairs in stuck.items() if pairs}
-        if stuck:
-            z, pairs = next(iter(stuck.items()))
-            message = f"states {pairs[0][0]} and {pairs[0][1]} of '{z}' started alike and stayed so"
-            return replace(outcome, status=Status.SYMMETRIC, message=message)
-    return outcome
-
-
-def _finish(
-    problem: Problem, solver: Solver, start: Start, run: Outcome, runs: tuple[Outcome, ...]
-) -> Fit:
-    params = {n: v.detach().clone() for n, v in run.state.params.items()}
-    with torch.no_grad():
-        try:
-            log_likelihood, log_prior = (float(v) for v in problem.log_joint(params))
-        except ModelError:
-            log_likelihood = log_prior = math.nan
-    restarts = tuple(Restart(r.state.log_joint, r.status, len(r.history) - 1) for r in runs)
-    return Fit(
-        params, log_likelihood, log_prior, run.history, run.status, run.message, solver, start.how,
-        restarts, problem,
-    )
+if TYPE_CHECKING:
+    from pyroem.solver import Solver
 
 
 @dataclass(frozen=True)
@@ -226,7 +40,7 @@ class Restart:
 class Fit:
     """A fitted program.
 
-    Attributes
+    Attributes:
     ----------
     params
         Every parameter by name, in the constrained space.
@@ -330,7 +144,7 @@ class Fit:
     def log_prob(self, *args: Any, **kwargs: Any) -> Tensor:
         """The log-likelihood of each row (of each element of the rows' plates).
 
-        Raises
+        Raises:
         ------
         ModelError
             Where the rows are not independent given the parameters (a global assignment).
@@ -338,7 +152,7 @@ class Fit:
         structure = self._structure(args, kwargs)
         with isolated(structure.program.dtype, 0), torch.no_grad():
             trace = structure.enumerate(self.params)
-            rows, _, complete = trace.row_log_likelihood(trace.tensors(), structure.unit)
+            rows, complete = trace.row_log_likelihood(trace.tensors(), structure.unit)
         if not complete:
             raise ModelError(
                 "log_prob: the rows are not independent given the parameters, because some site"
@@ -398,9 +212,7 @@ class Fit:
         with isolated(structure.program.dtype, 0), torch.no_grad():
             trace = structure.enumerate(self.params)
             tensors = trace.tensors()
-            value, found = factor_weights(
-                trace, tensors, row_weights=weights, unit=structure.unit
-            )
+            value, found = factor_weights(trace, tensors, row_weights=weights, unit=structure.unit)
             mean = sum(torch.where(w > 0, w * tensors[n], 0.0).sum() for n, w in found.items())
         return self.bic(rows) + 2 * float(value - mean)
 
@@ -457,12 +269,19 @@ class Fit:
         **kwargs: Any,
     ) -> Fit:
         """Read a fit back, with the program and data that it belongs to."""
+        from pyroem.solver import Solver
+
         stored = torch.load(path, weights_only=True)
         settings = stored["settings"]
         kinds = {kind.__name__: kind for kind in Solver.__subclasses__()}
         solver = kinds.get(stored["solver"], Solver)(**settings)
         problem = pose(
-            model, args, kwargs, dtype=solver.dtype, fixed=solver.fixed, floor=solver.floor,
+            model,
+            args,
+            kwargs,
+            dtype=solver.dtype,
+            fixed=solver.fixed,
+            floor=solver.floor,
             weights=weights,
         )
         return cls(
@@ -505,7 +324,4 @@ def _rows_first(structure: Structure, site: Any, flatten: bool) -> Tensor:
     value = value.expand(full)
     at = [value.dim() - event + frames[p] for p in structure.unit]
     moved = value.movedim(at, list(range(len(at))))
-    return moved.reshape((structure.num_rows, *moved.shape[len(at):]))
-
-
-__all__ = ["Fit", "Restart", "Solver", "check_weights"]
+    return moved.reshape((structure.num_rows, *moved.shape[len(at) :]))

@@ -12,9 +12,9 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 
 from pyroem.errors import SettingError
-from pyroem.fit import Solver
 from pyroem.loop import State
 from pyroem.problem import Problem
+from pyroem.solver import Solver
 from pyroem.structure import Params
 
 Factory = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -40,7 +40,7 @@ class MAP(Solver):
         Further keyword arguments of the optimiser.
 
     The objective is divided by the number of rows before differentiation. The best point seen is
-    returned. All other settings are those of :class:`~pyroem.fit.Solver`.
+    returned. All other settings are those of :class:`~pyroem.solver.Solver`.
     """
 
     optimizer: Any = field(default="lbfgs", kw_only=False)
@@ -64,7 +64,7 @@ class MAP(Solver):
             raise SettingError(f"MAP: optimizer cannot be called: {self.optimizer!r}.")
 
     @property
-    def patience(self) -> int:  # type: ignore[override]
+    def patience(self) -> int:
         """First-order methods must hold still for a while; a line search need not."""
         return 2 if self._is_lbfgs else 10
 
@@ -134,7 +134,7 @@ class MAP(Solver):
 
 
 def _step(optimiser: torch.optim.Optimizer, memory: _Memory) -> None:
-    optimiser.step(memory.closure)  # type: ignore[arg-type]
+    optimiser.step(memory.closure)
 
 
 def _pyro_step(optimiser: PyroOptim, memory: _Memory) -> None:

@@ -210,5 +210,3 @@ class _Progress:
 
     def close(self) -> None:
         sys.stderr.write("\n")
-
-

@@ -13,7 +13,8 @@ from pyroem.errors import DataError, SettingError
 from pyroem.estep.trace import expectation
 from pyroem.mstep.plan import Plan, Rung, make_plan
 from pyroem.mstep.update import Expected, m_step, variance_floors
-from pyroem.structure import Params, Structure, read
+from pyroem.reading import read
+from pyroem.structure import Params, Structure
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,9 @@ class Problem:
         """The parameters that are not fixed."""
         return [b.name for b in self.plan.blocks.values() if b.rung is not Rung.FIXED]
 
-    def e_step(self, params: Params, extra_weights: Tensor | None = None) -> tuple[Expected, Tensor]:
+    def e_step(
+        self, params: Params, extra_weights: Tensor | None = None
+    ) -> tuple[Expected, Tensor]:
         """Expected statistics and log prior at ``params``."""
         weights = self.row_weights
         if extra_weights is not None:

@@ -1,4 +1,4 @@
-"""Where a fit starts: from guessed assignments and one M-step, so that no model needs its own code."""
+"""Where a fit starts: guessed assignments and one M-step; no model needs its own code."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro import distributions as dist
 from torch import Tensor
 
-from pyroem._pyro import Enumerated, align, isolated, unwrap
+from pyroem._pyro import align, isolated
+from pyroem.clustering import cluster_means, features, kmeans, rows_shape
 from pyroem.diagnose import collapsed
 from pyroem.errors import SettingError
 from pyroem.estep.trace import collect, factor_weights
@@ -39,7 +39,7 @@ Evidence = dict[str, Tensor]  # assignment -> probabilities, plates then states
 def starts(problem: Problem, init: Any, count: int, seed: int) -> list[Start]:
     """``count`` starting points.
 
-    Raises
+    Raises:
     ------
     SettingError
         For an unknown method, parameters that the program does not have, shapes that do not match,
@@ -116,7 +116,9 @@ def _given(problem: Problem, given: Mapping[str, Any], seed: int) -> Start:
     if not rest or not structure.assignments:
         return Start(program, "the values given")
     if _tells_states_apart(problem, values):
-        return Start(_around(problem, program, rest), "the values given, the rest found around them")
+        return Start(
+            _around(problem, program, rest), "the values given, the rest found around them"
+        )
     start = guessed(problem, program, "kmeans", seed, rest)
     return Start(start.params, f"the values given, the rest from {start.how}")
 
@@ -198,25 +200,23 @@ def guessed(
     importance: Tensor | None = None
     taken: dict[int, list[Tensor]] = {}
     for group in state_groups(problem.structure, problem.plan):
-        features = None
-        if method == "kmeans":
-            features = _features(problem, trace, group)
-        if features is None:
+        rows = features(problem, trace, group) if method == "kmeans" else None
+        if rows is None:
             importance = _random(problem, group, evidence, generator, importance)
             continue
-        for used in taken.get(features.shape[0], []):  # what another assignment explains already
-            features = features - _cluster_means(features, used)
-        labels = kmeans(features, group.num_states, generator)
-        taken.setdefault(features.shape[0], []).append(labels)
+        for used in taken.get(len(rows), []):  # what another assignment explains already
+            rows = rows - cluster_means(rows, used)
+        labels = kmeans(rows, group.num_states, generator)
+        taken.setdefault(len(rows), []).append(labels)
         other = (1 - CERTAINTY) / max(group.num_states - 1, 1)
-        soft = torch.full((len(labels), group.num_states), other, dtype=features.dtype)
+        soft = torch.full((len(labels), group.num_states), other, dtype=rows.dtype)
         soft.scatter_(1, labels.unsqueeze(1), CERTAINTY if group.num_states > 1 else 1.0)
         at = 0
         for z in group.assignments:
-            shape = _shape(problem, z)
-            rows = int(torch.Size(shape).numel())
-            evidence[z] = soft[at : at + rows].reshape((*shape, group.num_states))
-            at += rows
+            shape = rows_shape(problem, z)
+            size = int(torch.Size(shape).numel())
+            evidence[z] = soft[at : at + size].reshape((*shape, group.num_states))
+            at += size
     pooled = from_evidence(problem, program, {}, None, only)
     params = from_evidence(problem, pooled, evidence, importance, only)
     how = "k-means assignments" if method == "kmeans" else "random assignments"
@@ -230,27 +230,22 @@ def from_evidence(
     importance: Tensor | None,
     only: frozenset[str] | None = None,
 ) -> Params:
-    """One M-step in which the assignments have the probabilities ``evidence`` (uniform if absent)."""
+    """One M-step with the assignments' probabilities given (uniform where absent)."""
     structure, trace = problem.structure, problem.plan.reading.traces[0]
     tensors = {name: torch.zeros_like(f.tensor) for name, f in trace.factors.items()}
     for z, probabilities in evidence.items():
         dims = trace.factors[z].dims
         own = "".join(trace.plates[p] for p in structure.plates[z]) + trace.states[z]
         kept = "".join(d for d in own if d in dims)
-        packed = probabilities.reshape([n for n, d in zip(probabilities.shape, own, strict=True)
-                                        if d in dims])
+        packed = probabilities.reshape(
+            [n for n, d in zip(probabilities.shape, own, strict=True) if d in dims]
+        )
         tensors[z] = tensors[z] + align(packed.log(), kept, dims)
     weights = problem.row_weights
     if importance is not None:
         weights = importance if weights is None else weights * importance
     value, found = factor_weights(trace, tensors, row_weights=weights, unit=structure.unit)
     return problem.m_step(params, collect(problem.plan, trace, value, found), only)
-
-
-def _shape(problem: Problem, z: str) -> tuple[int, ...]:
-    node = problem.plan.reading.traces[0].trace.nodes[z]
-    sizes = {f.name: f.size for f in node["cond_indep_stack"] if f.vectorized}
-    return tuple(sizes[p] for p in problem.structure.plates[z])
 
 
 def _random(
@@ -263,7 +258,7 @@ def _random(
     """Seed each state with a handful of rows; the rest is spread evenly and weighs less."""
     dtype, k = problem.structure.program.dtype, group.num_states
     for z in group.assignments:
-        shape = _shape(problem, z)
+        shape = rows_shape(problem, z)
         rows = int(torch.Size(shape).numel())
         per_state = min(HANDFUL, rows // k)
         if per_state < 2 or len(group.assignments) > 1:
@@ -282,89 +277,3 @@ def _random(
             importance[chosen] = 1.0
             importance = importance.reshape(shape)
     return importance
-
-
-def _features(problem: Problem, trace: Enumerated, group: StateGroup) -> Tensor | None:
-    """The observed rows below a group's assignments, standardised; None where there are none."""
-    parts = []
-    for z in group.assignments:
-        columns = []
-        for name in problem.structure.observations:
-            factor = trace.factors.get(name)
-            if factor is None or trace.states[z] not in factor.dims:
-                continue
-            column = _columns(problem, trace, z, name)
-            if column is not None:
-                columns.append(column)
-        if not columns:
-            return None
-        parts.append(torch.cat(columns, 1))
-    if len({p.shape[1] for p in parts}) != 1:
-        return None
-    rows = torch.cat(parts)
-    if rows.shape[0] < 2:
-        return None
-    spread = rows.std(0)
-    return (rows - rows.mean(0)) / torch.where(spread > 0, spread, 1.0)
-
-
-def _columns(problem: Problem, trace: Enumerated, z: str, name: str) -> Tensor | None:
-    """The data of one observation as rows over the plates of ``z``."""
-    node = trace.trace.nodes[name]
-    frames = {f.name: f.dim for f in node["cond_indep_stack"] if f.vectorized}
-    plates = problem.structure.plates[z]
-    base, _, _ = unwrap(node["fn"])
-    value, fn = node["value"], node["fn"]
-    if not set(plates) <= set(frames) or not isinstance(value, Tensor):
-        return None
-    if isinstance(base, dist.Unit):
-        return None
-    event = len(fn.event_shape)
-    if isinstance(base, dist.Categorical):
-        k = base.logits.shape[-1]
-        value = torch.nn.functional.one_hot(value.long(), k).to(problem.structure.program.dtype)
-        event += 1
-    value = value.to(problem.structure.program.dtype)
-    rank = problem.structure.nesting + event
-    value = value.reshape((1,) * (rank - value.dim()) + value.shape)
-    at = [rank - event + frames[p] for p in plates]
-    sizes = _shape(problem, z)
-    moved = value.movedim(at, list(range(len(at))))
-    moved = moved.expand(*sizes, *moved.shape[len(sizes):])
-    return moved.reshape(int(torch.Size(sizes).numel()), -1)
-
-
-def _cluster_means(rows: Tensor, labels: Tensor) -> Tensor:
-    k = int(labels.max()) + 1
-    counts = torch.bincount(labels, minlength=k).clamp(min=1).to(rows)
-    sums = torch.zeros((k, rows.shape[1]), dtype=rows.dtype).index_add_(0, labels, rows)
-    return (sums / counts[:, None])[labels]
-
-
-def kmeans(
-    rows: Tensor, k: int, generator: torch.Generator, *, iterations: int = 20, sample: int = 20_000
-) -> Tensor:
-    """Labels by k-means++ seeding and Lloyd's iterations (on a sample where rows are many).
-
-    Source: Arthur and Vassilvitskii (2007).
-    """
-    pool = rows
-    if len(rows) > sample:
-        pool = rows[torch.randperm(len(rows), generator=generator)[:sample]]
-    first = int(torch.randint(len(pool), (1,), generator=generator))
-    centres = pool[first : first + 1]
-    for _ in range(1, k):
-        distance = torch.cdist(pool, centres).amin(1) ** 2
-        if float(distance.sum()) <= 0:
-            distance = torch.ones_like(distance)
-        chosen = torch.multinomial(distance, 1, generator=generator)
-        centres = torch.cat([centres, pool[chosen]])
-    for _ in range(iterations):
-        labels = torch.cdist(pool, centres).argmin(1)
-        counts = torch.bincount(labels, minlength=k).to(pool)
-        sums = torch.zeros_like(centres).index_add_(0, labels, pool)
-        moved = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centres)
-        if torch.equal(moved, centres):
-            break
-        centres = moved
-    return torch.cat([torch.cdist(part, centres).argmin(1) for part in rows.split(100_000)])

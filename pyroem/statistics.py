@@ -58,4 +58,6 @@ def weighted_sum(
         in_t + event_axes,
         out + event_axes,
     )
-    return total.reshape([shape[i] if i in out else 1 for i in range(rank)] + list(events)) * repeats
+    return (
+        total.reshape([shape[i] if i in out else 1 for i in range(rank)] + list(events)) * repeats
+    )

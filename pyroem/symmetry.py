@@ -106,9 +106,7 @@ def coinciding(
         trace = structure.enumerate(params)
     here = _equal_states(structure, trace)
     always = _equal_states(structure, plan.reading.traces[0])
-    return {
-        z: pairs for z in structure.assignments if (pairs := sorted(here[z] - always[z]))
-    }
+    return {z: pairs for z in structure.assignments if (pairs := sorted(here[z] - always[z]))}
 
 
 def _equal_states(structure: Structure, trace: Enumerated) -> dict[str, set[tuple[int, int]]]:

@@ -53,9 +53,7 @@ def collect(
 ) -> Expected:
     """Posterior weights to expected sufficient statistics."""
     unpacked = {name: trace.unpack(name, w) for name, w in weights.items()}
-    statistics = {
-        name: site.expected(unpacked[name]) for name, site in plan.reading.sites.items()
-    }
+    statistics = {name: site.expected(unpacked[name]) for name, site in plan.reading.sites.items()}
     kept = {name: unpacked[name] for name in plan.weighted_sites}
     return Expected(value, statistics, kept)
 
@@ -64,7 +62,7 @@ def collect(
 class Posterior:
     """The posterior of the assignments at given parameters.
 
-    Attributes
+    Attributes:
     ----------
     log_likelihood
         ``log p(observations | params)``, the assignments summed out.
@@ -85,7 +83,7 @@ class Posterior:
 
 
 def posterior(structure: Structure, params: Params, *, backend: str = "logsum") -> Posterior:
-    """Weights and marginals at ``params``; with ``backend="logmax"`` those of the best assignment."""
+    """Weights and marginals at ``params``; ``"logmax"`` gives those of the best assignment."""
     with torch.no_grad():
         trace = structure.enumerate(params)
     value, weights = factor_weights(trace, trace.tensors(), backend=backend)

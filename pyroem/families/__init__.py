@@ -32,7 +32,7 @@ def _identity(x: Tensor) -> Tensor:
 class Coordinate:
     """One way in which a program may write an argument, with the kernel it has there.
 
-    Attributes
+    Attributes:
     ----------
     name, argument
         The coordinate's own name and the canonical argument it is a function of.
@@ -62,7 +62,7 @@ class Coordinate:
 class Family:
     """An exponential family.
 
-    Attributes
+    Attributes:
     ----------
     arguments
         ``distribution -> {name: tensor}``: canonical arguments, broadcast over the batch shape.

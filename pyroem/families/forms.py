@@ -23,7 +23,7 @@ Coefficients = tuple[Tensor, ...]
 class Form:
     """A kernel, its maximiser, and the priors that are kernels of the same form.
 
-    Attributes
+    Attributes:
     ----------
     name, kernel
         What ``explain()`` calls it, and the kernel as a formula in ``t``.

@@ -39,11 +39,11 @@ def maximise(
     def loss() -> Tensor:
         optimiser.zero_grad()
         value = -objective({n: parameters[n].constrain(r) for n, r in raw.items()}) / scale
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         return value
 
     with torch.enable_grad():
-        optimiser.step(loss)  # type: ignore[arg-type, no-untyped-call]
+        optimiser.step(loss)
     with torch.no_grad():
         found = {n: parameters[n].constrain(r).detach() for n, r in raw.items()}
         before, after = objective(params), objective(found)

@@ -148,8 +148,12 @@ def _closed(
         )
     bounds = bounds_of(parameter, form)
     if bounds is None:
-        return numeric(f"its constraint {parameter.constraint} does not suit the {form.name} kernel")
-    where = ", ".join(dict.fromkeys(f"{u.coordinate.name} of site '{u.site.name}'" for u in uses[:3]))
+        return numeric(
+            f"its constraint {parameter.constraint} does not suit the {form.name} kernel"
+        )
+    where = ", ".join(
+        dict.fromkeys(f"{u.coordinate.name} of site '{u.site.name}'" for u in uses[:3])
+    )
     if len(uses) > 3:
         where += f" and {len(uses) - 3} more sites"
     reason = f"{form.name} kernel ({where})"
@@ -194,13 +198,21 @@ def _interval(constraint: Any) -> tuple[float, float] | None:
     """The bounds of an elementwise constraint; None where it is none."""
     if constraint in (constraints.real, constraints.real_vector):
         return -torch.inf, torch.inf
-    if constraint in (constraints.positive, constraints.nonnegative,
-                      dist.constraints.softplus_positive):
+    if constraint in (
+        constraints.positive,
+        constraints.nonnegative,
+        dist.constraints.softplus_positive,
+    ):
         return 0.0, torch.inf
     lower = getattr(constraint, "lower_bound", None)
     upper = getattr(constraint, "upper_bound", None)
-    known = (constraints.greater_than, constraints.greater_than_eq, constraints.less_than,
-             constraints.interval, constraints.half_open_interval)
+    known = (
+        constraints.greater_than,
+        constraints.greater_than_eq,
+        constraints.less_than,
+        constraints.interval,
+        constraints.half_open_interval,
+    )
     if not isinstance(constraint, tuple(k for k in known if isinstance(k, type))):
         return None
     bounds = [torch.as_tensor(b) for b in (lower, upper) if b is not None]

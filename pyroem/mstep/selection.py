@@ -29,8 +29,10 @@ class Selection:
 
     def argument(self, params: Mapping[str, Tensor]) -> Tensor:
         """The argument at ``params``."""
-        blocks = [self.coordinate.canonical(as_blocks(params[n], self.constants.dim() - 1))
-                  for n in self.offsets]
+        blocks = [
+            self.coordinate.canonical(as_blocks(params[n], self.constants.dim() - 1))
+            for n in self.offsets
+        ]
         bank = self.coordinate.inverse(torch.cat([*blocks, self.constants]))
         return bank[self.index]
 
@@ -42,7 +44,7 @@ class Selection:
 
 def as_blocks(value: Tensor, event_dim: int) -> Tensor:
     """Flatten the batch dims of a parameter."""
-    return value.reshape((-1, *value.shape[value.dim() - event_dim:]))
+    return value.reshape((-1, *value.shape[value.dim() - event_dim :]))
 
 
 def find(
@@ -75,7 +77,9 @@ def find(
         total += blocks[0].shape[0]
     free = index < 0
     if free.any():
-        gap = (flat[0] - flat[1]).abs().flatten(1).amax(1) if event_dim else (flat[0] - flat[1]).abs()
+        gap = (
+            (flat[0] - flat[1]).abs().flatten(1).amax(1) if event_dim else (flat[0] - flat[1]).abs()
+        )
         if (gap[free] > 0).any():
             return None
     constants = flat[0][free]

@@ -23,7 +23,7 @@ from pyroem.structure import Params, Structure, base_mask
 
 @dataclass(frozen=True)
 class Argument:
-    """One canonical argument: along which batch dims it differs, and on which parameters it hangs."""
+    """One canonical argument: the batch dims along which it differs, the parameters behind it."""
 
     name: str
     event_dim: int
@@ -81,14 +81,16 @@ class SiteModel:
             else:
                 if direct is None:
                     direct = self.family.arguments(base())
-                result[name] = narrow(direct[name], argument.event_dim, len(self.shape),
-                                      argument.varies)
+                result[name] = narrow(
+                    direct[name], argument.event_dim, len(self.shape), argument.varies
+                )
         return result
 
     def centred(self, arguments: Arguments) -> Arguments:
         """The arguments, with the location counted from the centre of the data."""
         if self.family.location is None:
             return arguments
+        assert self.centre is not None
         shifted = arguments[self.family.location] - self.centre
         return {**arguments, self.family.location: shifted}
 
@@ -162,8 +164,7 @@ def read_sites(structure: Structure) -> Reading:
         }
         dependence = {
             site: frozenset(
-                name for name in moved
-                if not _same(factor.tensor, moved[name].factors[site].tensor)
+                name for name in moved if not _same(factor.tensor, moved[name].factors[site].tensor)
             )
             for site, factor in traces[0].factors.items()
         }
@@ -193,7 +194,8 @@ def _prior_dependence(
         site = reference.trace.nodes[name]
         here = site["fn"].log_prob(site["value"])
         result[name] = frozenset(
-            other for other, trace in moved.items()
+            other
+            for other, trace in moved.items()
             if other != name
             and not _same(here, trace.trace.nodes[name]["fn"].log_prob(site["value"]))
         )
@@ -229,7 +231,7 @@ def _read_site(
         event_dim = family.dims(key)
         second = canonical[1][key]
         varies = _varying(first, event_dim, rank) | _varying(second, event_dim, rank)
-        cut = tuple(narrow(a, event_dim, rank, varies) for a in (first, second))
+        cut = (narrow(first, event_dim, rank, varies), narrow(second, event_dim, rank, varies))
         hangs = frozenset(p for p, args in others.items() if not _same(first, args[key]))
         selection = None
         for coordinate in family.coordinates:
@@ -246,17 +248,13 @@ def _read_site(
     if family.location is not None:
         centre = torch.zeros((), dtype=x.dtype)  # replaced by _scaled
     statistics = family.statistics(base, x if centre is None else x - centre)
-    statistics = tuple(
-        pad(t, rank, e) for t, e in zip(statistics, family.event_dims, strict=True)
-    )
+    statistics = tuple(pad(t, rank, e) for t, e in zip(statistics, family.event_dims, strict=True))
     site = replace(site, sufficient=statistics, centre=centre)
     _check_family(site, base, traces, name)
     return site
 
 
-def _check_family(
-    site: SiteModel, base: Any, traces: tuple[Enumerated, ...], name: str
-) -> None:
+def _check_family(site: SiteModel, base: Any, traces: tuple[Enumerated, ...], name: str) -> None:
     """The family must agree with the distribution's own log_prob, up to the base measure."""
     one = torch.ones((1,) * len(site.shape), dtype=site.sufficient[0].dtype)
     gaps = []
@@ -264,8 +262,10 @@ def _check_family(
         node = trace.trace.nodes[name]
         own, _, _ = unwrap(node["fn"])
         value = pad(node["value"], len(site.shape), len(own.event_shape))
-        arguments = {k: pad(v, len(site.shape), site.arguments[k].event_dim)
-                     for k, v in site.family.arguments(own).items()}
+        arguments = {
+            k: pad(v, len(site.shape), site.arguments[k].event_dim)
+            for k, v in site.family.arguments(own).items()
+        }
         density = site.family.log_density(site.centred(arguments), site.sufficient, one)
         exact = own.log_prob(value)
         if site.mask is not None:
@@ -327,7 +327,9 @@ def _data(site: SiteModel, trace: Enumerated) -> tuple[Tensor, Any]:
 def _moments(site: SiteModel, x: Tensor, base: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Count, mean and sum of squares of each feature, over the rows and what they share."""
     rank = len(site.shape)
-    reduce = [d for d in range(rank) if d not in site.keep or d in site.unit_dims or x.shape[d] == 1]
+    reduce = [
+        d for d in range(rank) if d not in site.keep or d in site.unit_dims or x.shape[d] == 1
+    ]
     mask = torch.ones_like(x)
     if site.mask is not None:
         mask = mask * site.mask.reshape(site.mask.shape + (1,) * len(base.event_shape))

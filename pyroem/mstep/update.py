@@ -79,7 +79,8 @@ def m_step(
     settle; ``only`` restricts the update to some parameters (for a partial start).
     """
     chosen = [
-        b for b in plan.blocks.values()
+        b
+        for b in plan.blocks.values()
         if b.rung is not Rung.FIXED and (only is None or b.name in only)
     ]
     closed = [b for b in chosen if b.rung is Rung.CLOSED_FORM]
@@ -116,11 +117,16 @@ def _interacting(plan: Plan, closed: list[Block], numeric: bool, gradient: bool)
     if numeric and closed:
         return True
     sites = {u.site.name: u.site for b in closed for u in b.uses}
-    return any(not _separable(site) for site in sites.values()) or any(
-        plan.reading.prior_dependence.get(b.name) for b in closed
-    ) or any(b.name in plan.structure.parameters and plan.structure.parameters[b.name].has_prior
-             and any(u.coordinate.argument == u.site.family.location for u in b.uses)
-             for b in closed)
+    return (
+        any(not _separable(site) for site in sites.values())
+        or any(plan.reading.prior_dependence.get(b.name) for b in closed)
+        or any(
+            b.name in plan.structure.parameters
+            and plan.structure.parameters[b.name].has_prior
+            and any(u.coordinate.argument == u.site.family.location for u in b.uses)
+            for b in closed
+        )
+    )
 
 
 def _separable(site: SiteModel) -> bool:
@@ -171,7 +177,7 @@ def closed_update(
         value = coordinate.clip(value, floor[block.name])
     if "scalar" in form.domain:
         value = _inside(value, block.lower, block.upper)
-    return value.reshape(batch + old.shape[len(batch):])
+    return value.reshape(batch + old.shape[len(batch) :])
 
 
 def _finite_blocks(x: Tensor, event_dim: int) -> Tensor:
@@ -207,15 +213,15 @@ def pooled(block: Block, run: _Run, expected: Expected) -> tuple[Tensor, ...]:
     for use in block.uses:
         site, statistics = use.site, expected.statistics[use.site.name]
         arguments = site.centred(run.arguments(site))
-        coefficients = use.coordinate.coefficients(
-            statistics.values, statistics.weight, arguments
-        )
+        coefficients = use.coordinate.coefficients(statistics.values, statistics.weight, arguments)
         if use.coordinate.argument == site.family.location:
             coefficients = _uncentred(coefficients, site, form)
         for i, (c, dims) in enumerate(zip(coefficients, form.coefficient_dims, strict=True)):
             batch = torch.broadcast_shapes(c.shape[: c.dim() - dims], use.cells.shape)
             index = use.cells.expand(batch).reshape(-1)
-            c = c.expand(batch + c.shape[c.dim() - dims:]).reshape((-1, *c.shape[c.dim() - dims:]))
+            c = c.expand(batch + c.shape[c.dim() - dims :]).reshape(
+                (-1, *c.shape[c.dim() - dims :])
+            )
             chosen = index >= 0
             totals[i] = totals[i].index_add(0, index[chosen], c[chosen])
     return tuple(totals)
@@ -248,9 +254,7 @@ def _priors_touched(plan: Plan, names: list[str]) -> list[str]:
 
 def _on_statistics(plan: Plan, names: list[str], params: Params, expected: Expected) -> Params:
     """Maximise over ``names`` together, on the expected statistics alone."""
-    sites = [
-        plan.reading.sites[s] for s, d in plan.reading.dependence.items() if d & set(names)
-    ]
+    sites = [plan.reading.sites[s] for s, d in plan.reading.dependence.items() if d & set(names)]
     priors = _priors_touched(plan, names)
 
     def objective(values: Params) -> Tensor:

@@ -1,0 +1,238 @@
+"""Running a program at given parameter values, with its assignments enumerated."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions.distribution import Distribution
+from pyro.poutine.enum_messenger import EnumMessenger
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_struct import Trace
+from pyro.util import get_rng_state, set_rng_seed, set_rng_state
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+from pyroem.errors import DataError, ModelError, PyroemError
+
+Values = Mapping[str, Tensor]
+Site = Any  # a node of a Pyro trace
+
+
+@contextlib.contextmanager
+def isolated(dtype: torch.dtype, seed: int | None = None) -> Iterator[None]:
+    """Leave no trace: own parameter store and random state, ``dtype`` as default, no checks."""
+    rng, old_dtype = get_rng_state(), torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with pyro.get_param_store().scope(), pyro.validation_enabled(False):
+            if seed is not None:
+                set_rng_seed(seed)
+            yield
+    finally:
+        torch.set_default_dtype(old_dtype)
+        set_rng_state(rng)
+
+
+def is_plate_site(site: Site) -> bool:
+    """Whether the site only draws a plate's subsample."""
+    return type(site["fn"]).__name__ == "_Subsample"
+
+
+def plate_frames(site: Site) -> tuple[Any, ...]:
+    """The plates (vectorised and sequential) that the site stands in, innermost first."""
+    return tuple(site["cond_indep_stack"])
+
+
+def in_markov(site: Site) -> bool:
+    """Whether the site stands in a ``pyro.markov`` context."""
+    return site["infer"].get("_markov_depth", 0) > 0
+
+
+def is_deterministic(site: Site) -> bool:
+    """Whether the site is a ``pyro.deterministic`` statement."""
+    return bool(site["infer"].get("_deterministic"))
+
+
+class _Cast(TorchFunctionMode):
+    """Gives every torch operation the substituted module parameters, in one floating dtype.
+
+    A ``nn.Parameter`` is replaced by the value that the fit holds for it; any other floating
+    tensor of another dtype (a float32 constant of the program, a buffer) is cast.
+    """
+
+    def __init__(self, dtype: torch.dtype, replace: Mapping[int, Tensor]) -> None:
+        super().__init__()
+        self.dtype, self.replace, self.used = dtype, replace, False
+
+    def _convert(self, x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        if id(x) in self.replace:
+            self.used = True
+            return self.replace[id(x)]
+        if x.dtype != self.dtype and x.is_floating_point():
+            self.used = True
+            return x.to(self.dtype)
+        return x
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in ("__set__", "requires_grad_"):
+            return func(*args, **(kwargs or {}))
+        return func(*tree_map(self._convert, args), **tree_map(self._convert, kwargs or {}))
+
+
+class _Substitute(Messenger):
+    """Puts values in at parameters, marks assignments for enumeration, casts observations."""
+
+    def __init__(
+        self,
+        values: Values,
+        dtype: torch.dtype,
+        enumerate_: bool,
+        fill: Mapping[str, Tensor],
+        observed: bool = True,
+    ) -> None:
+        super().__init__()
+        self.values, self.dtype, self.enumerate = values, dtype, enumerate_
+        self.fill, self.observed = fill, observed
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if is_plate_site(msg) or is_deterministic(msg):
+            return
+        name = msg["name"]
+        if msg["is_observed"]:
+            if not self.observed and not isinstance(msg["fn"], pyro.distributions.Unit):
+                msg["is_observed"], msg["value"], msg["done"] = False, None, False
+                return
+            value = torch.as_tensor(self.fill.get(name, msg["value"]))
+            if value.is_floating_point():
+                value = value.to(self.dtype)
+            msg["value"] = value
+        elif name in self.values:
+            msg["value"], msg["done"] = self.values[name], True
+        else:
+            # Enumeration is ours to configure, whatever the program asked for.
+            msg["infer"].pop("num_samples", None)
+            msg["infer"]["enumerate"] = (
+                "parallel" if self.enumerate and msg["fn"].has_enumerate_support else None
+            )
+            msg["infer"]["expand"] = False
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        value = msg["value"]
+        if isinstance(value, Tensor) and value.is_floating_point():
+            msg["value"] = value.to(self.dtype)
+
+    def _pyro_param(self, msg: Any) -> None:
+        if msg["name"] in self.values:
+            msg["value"], msg["done"] = self.values[msg["name"]], True
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        msg["value"] = msg["value"].to(self.dtype)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A Pyro callable with its data: what a fit runs again and again.
+
+    ``modules`` maps the names of module parameters to the ``nn.Parameter`` objects that the
+    program's modules hold; ``fill`` holds observations whose masked NaN cells were replaced.
+    """
+
+    model: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    dtype: torch.dtype
+    modules: Mapping[str, Tensor]
+    fill: Mapping[str, Tensor]
+    cast: bool = True
+
+    def run(
+        self,
+        values: Values,
+        *,
+        nesting: int | None = None,
+        observed: bool = True,
+    ) -> Trace:
+        """Trace the program at ``values``; enumerate to the left of ``nesting`` plates if given."""
+        substitute = _Substitute(values, self.dtype, nesting is not None, self.fill, observed)
+        replace = {id(p): values[n] for n, p in self.modules.items() if n in values}
+        with contextlib.ExitStack() as stack:
+            tracer = stack.enter_context(poutine.trace())
+            if nesting is not None:
+                first = -1 - nesting
+                stack.enter_context(EnumMessenger(first_available_dim=first))
+            stack.enter_context(substitute)
+            if self.cast or replace:
+                stack.enter_context(_Cast(self.dtype, replace))
+            try:
+                self.model(*self.args, **self.kwargs)
+            except PyroemError:
+                raise
+            except Exception as error:
+                raise _explain_failure(error, nesting is not None) from error
+        return tracer.trace
+
+
+def _explain_failure(error: Exception, enumerated: bool) -> ModelError:
+    site, frame = None, error.__traceback__
+    while frame is not None:  # the innermost pyro.sample or pyro.param call that was under way
+        code = frame.tb_frame.f_code
+        if code.co_name in ("sample", "param") and code.co_filename.endswith("primitives.py"):
+            site = frame.tb_frame.f_locals.get("name", site)
+        frame = frame.tb_next
+    where = f"at site '{site}'" if site else "outside its sample and param statements"
+    how = "with its assignments enumerated" if enumerated else "on the data given"
+    hint = ""
+    if "dtype" in str(error):
+        hint = " Check that integer data is not used where the program needs floating numbers."
+    elif enumerated:
+        hint = (
+            " Enumeration adds dimensions to the left of the plates: index parameters with the"
+            " assignment, avoid .item() and control flow on it, and count dims from the right."
+        )
+    return ModelError(
+        f"The program failed {where} when it was run {how}: {type(error).__name__}: {error}.{hint}"
+    )
+
+
+def as_data(x: Any, dtype: torch.dtype) -> Any:
+    """Arrays and data frames in (nested) arguments to tensors; floating tensors to ``dtype``."""
+
+    def convert(leaf: Any) -> Any:
+        if hasattr(leaf, "__array__") and not isinstance(leaf, Tensor):
+            try:
+                leaf = torch.as_tensor(leaf.__array__())
+            except TypeError as error:
+                raise DataError(
+                    f"Data of type {type(leaf).__name__} cannot become a tensor: {error}"
+                ) from error
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            return leaf.to(dtype)
+        return leaf
+
+    return tree_map(convert, x)
+
+
+def unwrap(fn: Distribution) -> tuple[Distribution, int, list[tuple[Tensor | bool, int]]]:
+    """Peel ``Independent``, ``ExpandedDistribution`` and masks off a distribution.
+
+    Returns the bare distribution, the number of batch dims that were declared event dims, and the
+    masks met on the way, each with the number of those dims declared outside it.
+    """
+    events, masks = 0, []
+    while True:
+        if isinstance(fn, pyro.distributions.MaskedDistribution):
+            masks.append((fn._mask, events))
+        elif isinstance(fn, torch.distributions.Independent):
+            events += fn.reinterpreted_batch_ndims
+        elif not isinstance(fn, pyro.distributions.ExpandedDistribution):
+            return fn, events, masks
+        fn = fn.base_dist
