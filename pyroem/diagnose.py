@@ -39,7 +39,7 @@ def collapsed(problem: Problem, params: Params) -> list[str]:
         if any(a.selection is None for a in site.arguments.values()):
             continue
         variance = site.family.variance(site.evaluate(params, lambda: None))
-        low = variance <= max(problem.floor, MISSING_FLOOR) * site.scale
+        low = variance <= max(problem.floor, MISSING_FLOOR) * site.scale * 1.0001
         if low.any():
             names = sorted({p for a in site.arguments.values() for p in a.parameters})
             messages.append(

@@ -38,14 +38,20 @@ class MAP(Solver):
         Learning rate of ``"adam"`` (default 0.05), ``"lbfgs"`` (default 1) and torch classes.
     options
         Further keyword arguments of the optimiser.
+    standardise
+        Measure the coordinates that move a location in units of the data's standard deviation, so
+        that no scale of the data stalls the search. The mode is the same; ``False`` gives the
+        plain coordinates of ``AutoDelta``.
 
-    The objective is divided by the number of rows before differentiation. The best point seen is
-    returned. All other settings are those of :class:`~pyroem.solver.Solver`.
+    Converged means, beside the rule for all solvers, that no element of the gradient per row is
+    larger than ``10 sqrt(tol)``. The objective is divided by the number of rows before
+    differentiation. The best point seen is returned. All other settings are those of :class:`~pyroem.solver.Solver`.
     """
 
     optimizer: Any = field(default="lbfgs", kw_only=False)
     lr: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    standardise: bool = True
     max_iter: int = 5000
 
     name = "MAP"
@@ -76,17 +82,19 @@ class MAP(Solver):
 
     def begin(self, problem: Problem, params: Params) -> State:
         """Leaves in the unconstrained space, the optimiser, and the objective at the start."""
-        parameters = problem.structure.parameters
+        parameters, steps = problem.structure.parameters, problem.plan.steps
+        if not self.standardise:
+            steps = {n: torch.ones_like(s) for n, s in steps.items()}
         raw = {
-            n: parameters[n].unconstrain(params[n]).detach().clone().requires_grad_()
+            n: (parameters[n].unconstrain(params[n]) / steps[n]).detach().clone().requires_grad_()
             for n in problem.free
         }
         held = {n: v for n, v in params.items() if n not in raw}
-        memory = _Memory(problem, raw, held)
+        memory = _Memory(problem, raw, held, steps)
         if raw:
             memory.optimiser = self._make(list(raw.values()), list(raw))
         memory.evaluate()
-        return State(memory.params(), memory.value, memory.passes, memory)
+        return State(memory.params(), memory.value, memory.passes, memory, memory.slope)
 
     def step(self, problem: Problem, state: State) -> State:
         """One iteration of the optimiser."""
@@ -95,7 +103,7 @@ class MAP(Solver):
             memory.optimiser(memory)
             memory.keep_above_floors()
         memory.evaluate()
-        return State(memory.params(), memory.value, memory.passes, memory)
+        return State(memory.params(), memory.value, memory.passes, memory, memory.slope)
 
     def _make(self, leaves: list[Tensor], names: list[str]) -> Callable[[_Memory], None]:
         optimizer, options = self.optimizer, dict(self.options)
@@ -148,17 +156,28 @@ class _Memory:
     An evaluation at the point that was evaluated last is not repeated.
     """
 
-    def __init__(self, problem: Problem, raw: Params, held: Params) -> None:
-        self.problem, self.raw, self.held = problem, raw, held
+    def __init__(self, problem: Problem, raw: Params, held: Params, steps: Params) -> None:
+        self.problem, self.raw, self.held, self.steps = problem, raw, held, steps
         self.optimiser: Callable[[_Memory], None] | None = None
-        self.value, self.passes = 0.0, 0
+        self.value, self.passes, self._floored = 0.0, 0, False
         self._at: list[Tensor] = []
         self._grads: list[Tensor] = []
+
+    def _constrained(self) -> Params:
+        parameters = self.problem.structure.parameters
+        return {n: parameters[n].constrain(r * self.steps[n]) for n, r in self.raw.items()}
+
+    @property
+    def slope(self) -> float:
+        """The largest element of the gradient per row; 0 while a variance is held at its floor."""
+        if self._floored:
+            return 0.0
+        return max((float(g.abs().max()) for g in self._grads if g.numel()), default=0.0)
 
     def params(self) -> Params:
         parameters = self.problem.structure.parameters
         with torch.no_grad():
-            values = {n: parameters[n].constrain(r).clone() for n, r in self.raw.items()}
+            values = {n: v.clone() for n, v in self._constrained().items()}
         return {n: values[n] if n in values else self.held[n] for n in parameters}
 
     def evaluate(self) -> None:
@@ -166,9 +185,8 @@ class _Memory:
         leaves = list(self.raw.values())
         if self._at and all(torch.equal(a, b) for a, b in zip(self._at, leaves, strict=True)):
             return
-        parameters = self.problem.structure.parameters
         with torch.enable_grad():
-            values = {n: parameters[n].constrain(r) for n, r in self.raw.items()}
+            values = self._constrained()
             log_likelihood, log_prior = self.problem.log_joint({**self.held, **values})
             total = log_likelihood + log_prior
             loss = -total / self.problem.rows
@@ -190,7 +208,10 @@ class _Memory:
         params = self.params()
         clipped = self.problem.clip(params)
         parameters = self.problem.structure.parameters
+        self._floored = False
         with torch.no_grad():
             for name in self.problem.floors:
                 if name in self.raw and not torch.equal(clipped[name], params[name]):
-                    self.raw[name].copy_(parameters[name].unconstrain(clipped[name]))
+                    self._floored = True
+                    at = parameters[name].unconstrain(clipped[name])
+                    self.raw[name].copy_(at / self.steps[name])

@@ -60,12 +60,16 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class State:
-    """Where a solver stands: a point, its objective, and what the next step needs (``memory``)."""
+    """Where a solver stands: a point, its objective, and what the next step needs (``memory``).
+
+    ``slope`` is the largest element of the gradient per row, of solvers that know it.
+    """
 
     params: Params
     log_joint: float
     passes: int
     memory: Any = None
+    slope: float = 0.0
 
 
 class Stepper(Protocol):
@@ -146,8 +150,10 @@ def iterate(
                 best = state
             if show is not None:
                 show(record, change / problem.rows)
-            settled = abs(change) / problem.rows <= max(tol, _resolution(problem, state, noise))
-            calm = calm + 1 if settled and moved <= param_tol else 0
+            resolution = _resolution(problem, state, noise)
+            settled = abs(change) / problem.rows <= max(tol, resolution)
+            level = new.slope <= 10 * (tol + resolution) ** 0.5
+            calm = calm + 1 if settled and level and moved <= param_tol else 0
             if calm >= solver.patience:
                 status = Status.CONVERGED
                 break

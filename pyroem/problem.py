@@ -12,7 +12,8 @@ from torch import Tensor
 from pyroem.errors import DataError, SettingError
 from pyroem.estep.trace import expectation
 from pyroem.mstep.plan import Plan, Rung, make_plan
-from pyroem.mstep.update import Expected, m_step, variance_floors
+from pyroem.mstep.scales import variance_floors
+from pyroem.mstep.update import Expected, m_step
 from pyroem.reading import read
 from pyroem.structure import Params, Structure
 
@@ -86,7 +87,9 @@ def pose(
     structure = read(model, args, kwargs, dtype=dtype)
     plan = make_plan(structure, fixed)
     row_weights = None if weights is None else check_weights(weights, structure)
-    return Problem(structure, plan, row_weights, variance_floors(plan, floor), floor)
+    return Problem(
+        structure, plan, row_weights, variance_floors(structure, plan.blocks, floor), floor
+    )
 
 
 def check_weights(weights: Any, structure: Structure) -> Tensor:

@@ -181,12 +181,15 @@ def _rank(run: Outcome) -> tuple[bool, bool, float]:
 def _judge(problem: Problem, start: Start, outcome: Outcome) -> Outcome:
     """Look at where a run ended: collapse and symmetry overrule convergence."""
     params = outcome.state.params
-    if outcome.status in (Status.NON_FINITE, Status.DECREASED):
-        return outcome
-    expected, _ = problem.e_step(params)
-    problems = collapsed(problem, params) + dead(problem, expected)
+    failed = outcome.status in (Status.NON_FINITE, Status.DECREASED)
+    problems = collapsed(problem, params)
+    if not failed:
+        problems += dead(problem, problem.e_step(params)[0])
     if problems:
-        return replace(outcome, status=Status.DEGENERATE, message="; ".join(problems))
+        message = "; ".join([*problems, *([outcome.message] if outcome.message else [])])
+        return replace(outcome, status=Status.DEGENERATE, message=message)
+    if failed:
+        return outcome
     structure, plan = problem.structure, problem.plan
     same = coinciding(structure, plan, start.params)
     if same:

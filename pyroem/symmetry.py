@@ -130,11 +130,11 @@ def _equal_states(structure: Structure, trace: Enumerated) -> dict[str, set[tupl
 
 def _pairs(tensor: Tensor, axis: int) -> set[tuple[int, int]]:
     rows = tensor.movedim(axis, 0).flatten(1) if tensor.dim() > 1 else tensor.unsqueeze(1)
-    rows = torch.nan_to_num(rows, nan=0.0, posinf=1e30, neginf=-1e30)
+    rows = torch.nan_to_num(rows.double(), nan=0.0, posinf=1e30, neginf=-1e30)
     generator = torch.Generator().manual_seed(3)
     direction = torch.rand(rows.shape[1], generator=generator, dtype=torch.float64) + 0.5
-    signature = rows @ direction.to(rows)
-    scale = rows.abs() @ direction.to(rows)
+    signature = rows @ direction
+    scale = rows.abs() @ direction
     gap = (signature[:, None] - signature[None]).abs()
     close = gap <= 1e-12 * (scale[:, None] + scale[None])
     return {(int(i), int(j)) for i, j in close.triu(1).nonzero()}

@@ -16,16 +16,24 @@ def maximise(
     objective: Objective,
     params: Params,
     parameters: Mapping[str, Parameter],
+    steps: Mapping[str, Tensor],
     *,
     max_iter: int,
-    scale: float,
+    rows: float,
 ) -> Params:
     """Ascend ``objective`` over ``params`` in the unconstrained space, by L-BFGS.
 
-    Never returns a point with a lower objective than it was given; ``scale`` (the number of rows)
-    brings the gradient to order one.
+    Never returns a point with a lower objective than it was given. Coordinates are measured in
+    ``steps`` and the objective per row, which brings the gradient to order one.
     """
-    raw = {n: parameters[n].unconstrain(v).clone().requires_grad_() for n, v in params.items()}
+    raw = {
+        n: (parameters[n].unconstrain(v) / steps[n]).detach().clone().requires_grad_()
+        for n, v in params.items()
+    }
+
+    def constrained() -> Params:
+        return {n: parameters[n].constrain(r * steps[n]) for n, r in raw.items()}
+
     optimiser = torch.optim.LBFGS(
         list(raw.values()),
         max_iter=max_iter,
@@ -38,13 +46,13 @@ def maximise(
 
     def loss() -> Tensor:
         optimiser.zero_grad()
-        value = -objective({n: parameters[n].constrain(r) for n, r in raw.items()}) / scale
+        value = -objective(constrained()) / rows
         value.backward()
         return value
 
     with torch.enable_grad():
         optimiser.step(loss)
     with torch.no_grad():
-        found = {n: parameters[n].constrain(r).detach() for n, r in raw.items()}
+        found = {n: v.detach() for n, v in constrained().items()}
         before, after = objective(params), objective(found)
     return found if after >= before else params

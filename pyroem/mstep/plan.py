@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 import torch
@@ -13,50 +12,26 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyroem._pyro import unwrap
-from pyroem.families import Coordinate
 from pyroem.families.forms import Form
+from pyroem.mstep.blocks import Block, Rung, Use
+from pyroem.mstep.scales import search_steps
 from pyroem.mstep.sites import Reading, SiteModel, read_sites
 from pyroem.structure import Parameter, Structure, check_names
 
 
-class Rung(Enum):
-    """How a parameter is updated in the M-step."""
-
-    CLOSED_FORM = "closed form"
-    ON_STATISTICS = "on statistics"
-    GRADIENT = "gradient"
-    FIXED = "fixed"
-
-
-@dataclass(frozen=True)
-class Use:
-    """A place where a parameter's blocks stand unchanged as an argument of a site."""
-
-    site: SiteModel
-    coordinate: Coordinate
-    cells: Tensor
-
-
-@dataclass(frozen=True)
-class Block:
-    """One parameter's entry in the plan."""
-
-    name: str
-    rung: Rung
-    reason: str
-    form: Form | None = None
-    uses: tuple[Use, ...] = ()
-    lower: float = -torch.inf
-    upper: float = torch.inf
-
-
 @dataclass(frozen=True)
 class Plan:
-    """What an M-step does, in order: closed forms, then the numerical blocks."""
+    """What an M-step does, in order: closed forms, then the numerical blocks.
+
+    ``interacting`` says that one pass over the blocks may leave something to gain, so they are
+    updated in turn until they settle; ``steps`` are the units of numerical searches.
+    """
 
     structure: Structure
     reading: Reading
     blocks: dict[str, Block]
+    interacting: bool
+    steps: dict[str, Tensor]
 
     def on(self, rung: Rung) -> list[Block]:
         """The blocks on one rung, in the order of their update."""
@@ -82,15 +57,56 @@ def make_plan(structure: Structure, fixed: Iterable[str] = ()) -> Plan:
             blocks[name] = _place(structure, reading, parameter)
     # Locations first: a scale is then found around the new location, which is exact.
     order = sorted(blocks.values(), key=lambda b: b.form is None or not _is_location(b))
-    return Plan(structure, reading, {b.name: b for b in order})
+    blocks = {b.name: b for b in order}
+    steps = search_steps(structure, reading, blocks)
+    return Plan(structure, reading, blocks, _interacting(structure, reading, order), steps)
 
 
 def _is_location(block: Block) -> bool:
     return any(u.coordinate.argument == u.site.family.location for u in block.uses)
 
 
+def _interacting(structure: Structure, reading: Reading, blocks: list[Block]) -> bool:
+    """Whether one pass over the blocks may leave something to gain."""
+    closed = [b for b in blocks if b.rung is Rung.CLOSED_FORM]
+    if any(b.rung is Rung.GRADIENT for b in blocks):
+        return False  # generalised EM: the next iteration gains it
+    if closed and any(b.rung is Rung.ON_STATISTICS for b in blocks):
+        return True
+    if any(reading.prior_dependence.get(b.name) for b in closed):
+        return True
+    if any(structure.parameters[b.name].has_prior and _is_location(b) for b in closed):
+        return True  # a location's prior is weighed against the scale
+    sites = {u.site.name: u.site for b in closed for u in b.uses}
+    return any(not _separable(site) for site in sites.values())
+
+
+def _separable(site: SiteModel) -> bool:
+    """Whether the location's optimum does not depend on the scale.
+
+    So it is where every location block meets one scale block only: then the scale cancels.
+    """
+    location = site.arguments.get(site.family.location or "")
+    if location is None or not location.parameters:
+        return True
+    others = [a for a in site.arguments.values() if a is not location and a.parameters]
+    if not others:
+        return True
+    if location.selection is None or any(a.selection is None for a in others):
+        return False
+    for other in others:
+        assert other.selection is not None
+        a, b = torch.broadcast_tensors(location.selection.index, other.selection.index)
+        pairs = torch.unique(torch.stack([a.reshape(-1), b.reshape(-1)]), dim=1)
+        if pairs.shape[1] > torch.unique(pairs[0]).numel():
+            return False
+    return True
+
+
 def _place(structure: Structure, reading: Reading, parameter: Parameter) -> Block:
     name = parameter.name
+    if parameter.df == 0:
+        return Block(name, Rung.FIXED, "it has only one possible value")
     touched = [s for s, depends in reading.dependence.items() if name in depends]
     without = [s for s in touched if s not in reading.sites]
     if without:
@@ -138,7 +154,7 @@ def _closed(
             cells = argument.selection.cells_of(name)
             uses.append(Use(reading.sites[s], argument.selection.coordinate, cells))
     if not uses:
-        return numeric("no argument depends on it")
+        return numeric("only its prior depends on it")
     form = uses[0].coordinate.form
     other = next((u for u in uses if u.coordinate.form is not form), None)
     if other is not None:

@@ -143,7 +143,8 @@ class Reading:
     """All that probing found.
 
     ``sites`` are those with a family; ``dependence`` gives, for every factor site and every prior,
-    the parameters it depends on (a prior's own value apart).
+    the parameters it depends on (a prior's own value apart); ``location_changes`` how far a site's
+    location moved when a parameter went from the first point to the second.
     """
 
     sites: dict[str, SiteModel]
@@ -151,6 +152,7 @@ class Reading:
     prior_dependence: dict[str, frozenset[str]]
     traces: tuple[Enumerated, Enumerated]
     points: tuple[Params, Params]
+    location_changes: dict[tuple[str, str], float]
 
 
 def read_sites(structure: Structure) -> Reading:
@@ -176,7 +178,21 @@ def read_sites(structure: Structure) -> Reading:
                 sites[name] = site
         sites = {n: sites[n] for n in traces[0].factors if n in sites}  # program order
         sites = _scaled(sites, traces[0])
-    return Reading(sites, dependence, prior_dependence, (traces[0], traces[1]), points)
+        changes = {
+            (site.name, name): float(
+                (_location(site, trace) - _location(site, traces[0])).abs().max()
+            )
+            for site in sites.values()
+            if site.family.location is not None
+            for name, trace in moved.items()
+        }
+    return Reading(sites, dependence, prior_dependence, (traces[0], traces[1]), points, changes)
+
+
+def _location_change(site: SiteModel, a: Enumerated, b: Enumerated) -> float:
+    bases = [unwrap(t.trace.nodes[site.name]["fn"])[0] for t in (a, b)]
+    first, second = (site.family.arguments(base)[str(site.family.location)] for base in bases)
+    return float((first - second).abs().max())
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -301,7 +317,7 @@ def _scaled(sites: dict[str, SiteModel], trace: Enumerated) -> dict[str, SiteMod
         centre = (count * mean).sum(0) / total
         variance = (spread + count * (mean - centre) ** 2).sum(0) / total
         # A constant column has no scale of its own; its magnitude stands in.
-        constant = variance <= (1e-8 * centre) ** 2
+        constant = variance <= (1e-13 * centre) ** 2
         magnitude = torch.where(centre == 0, 1.0, (1e-3 * centre) ** 2)
         scale = torch.where(constant, magnitude, variance)
         for name in group:

@@ -98,7 +98,7 @@ def m_step(
         if gradient and sweep == 0:
             names = [b.name for b in gradient]
             current = {**current, **_on_data(plan, names, current, expected)}
-        if sweep == 0 and not _interacting(plan, closed, bool(numeric), bool(gradient)):
+        if not plan.interacting:
             break
         moved = max((_relative(current[b.name], before[b.name]) for b in chosen), default=0.0)
         if moved < SWEEP_TOLERANCE:
@@ -108,47 +108,6 @@ def m_step(
 
 def _relative(new: Tensor, old: Tensor) -> float:
     return float((new - old).abs().max() / (old.abs().max() + 1e-300)) if new.numel() else 0.0
-
-
-def _interacting(plan: Plan, closed: list[Block], numeric: bool, gradient: bool) -> bool:
-    """Whether one pass over the blocks may leave something to gain."""
-    if gradient:
-        return False  # generalised EM: the next iteration gains it
-    if numeric and closed:
-        return True
-    sites = {u.site.name: u.site for b in closed for u in b.uses}
-    return (
-        any(not _separable(site) for site in sites.values())
-        or any(plan.reading.prior_dependence.get(b.name) for b in closed)
-        or any(
-            b.name in plan.structure.parameters
-            and plan.structure.parameters[b.name].has_prior
-            and any(u.coordinate.argument == u.site.family.location for u in b.uses)
-            for b in closed
-        )
-    )
-
-
-def _separable(site: SiteModel) -> bool:
-    """Whether the location's optimum does not depend on the scale.
-
-    So it is where every location block meets one scale block only: then the scale cancels.
-    """
-    location = site.arguments.get(site.family.location or "")
-    if location is None or not location.parameters:
-        return True
-    others = [a for a in site.arguments.values() if a is not location and a.parameters]
-    if not others:
-        return True
-    if location.selection is None or any(a.selection is None for a in others):
-        return False
-    for other in others:
-        assert other.selection is not None
-        a, b = torch.broadcast_tensors(location.selection.index, other.selection.index)
-        pairs = torch.unique(torch.stack([a.reshape(-1), b.reshape(-1)]), dim=1)
-        if pairs.shape[1] > torch.unique(pairs[0]).numel():
-            return False
-    return True
 
 
 def closed_update(
@@ -272,8 +231,9 @@ def _on_statistics(plan: Plan, names: list[str], params: Params, expected: Expec
         objective,
         {n: params[n] for n in names},
         plan.structure.parameters,
+        plan.steps,
         max_iter=200,
-        scale=plan.structure.num_rows,
+        rows=plan.structure.num_rows,
     )
 
 
@@ -298,8 +258,9 @@ def _on_data(plan: Plan, names: list[str], params: Params, expected: Expected) -
         objective,
         {n: params[n] for n in names},
         structure.parameters,
+        plan.steps,
         max_iter=GRADIENT_STEPS,
-        scale=structure.num_rows,
+        rows=structure.num_rows,
     )
 
 
@@ -307,31 +268,3 @@ def expected_sum(weights: Tensor, log_prob: Tensor) -> Tensor:
     """``sum weights * log_prob``, with zero weights winning over ``-inf``."""
     impossible = (weights == 0) & ~log_prob.isfinite()
     return (weights * torch.where(impossible, torch.zeros_like(log_prob), log_prob)).sum()
-
-
-def variance_floors(plan: Plan, relative: float) -> dict[str, Tensor]:
-    """For each parameter that stands for a variance, its floor: ``relative`` times the data's."""
-    floors = {}
-    for block in plan.blocks.values():
-        if block.form is None or block.uses[0].coordinate.clip is None or relative <= 0:
-            continue
-        value = plan.structure.parameters[block.name].value
-        blocks = as_blocks(value, block.form.event_dim)
-        event = blocks.shape[1:2]
-        floor = torch.full((len(blocks), *event), torch.inf, dtype=value.dtype)
-        for use in block.uses:
-            scale = use.site.scale
-            assert scale is not None
-            dims = len(event)
-            batch = torch.broadcast_shapes(scale.shape[: scale.dim() - dims], use.cells.shape)
-            scale = scale.expand(batch + event).reshape((-1, *event)) * relative
-            index = use.cells.expand(batch).reshape(-1)
-            chosen = index >= 0
-            where = index[chosen].reshape((-1,) + (1,) * dims).expand(scale[chosen].shape)
-            floor = floor.scatter_reduce(0, where, scale[chosen], "amin")
-        batch_shape = value.shape[: value.dim() - block.form.event_dim]
-        floors[block.name] = floor.reshape(batch_shape + event)
-    return floors
-
-
-__all__ = ["Expected", "closed_update", "expected_sum", "m_step", "variance_floors"]

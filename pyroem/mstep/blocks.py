@@ -1,0 +1,44 @@
+"""One parameter's entry in the plan: its rung, the reason, and where it stands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from pyroem.families import Coordinate
+from pyroem.families.forms import Form
+from pyroem.mstep.sites import SiteModel
+
+
+class Rung(Enum):
+    """How a parameter is updated in the M-step."""
+
+    CLOSED_FORM = "closed form"
+    ON_STATISTICS = "on statistics"
+    GRADIENT = "gradient"
+    FIXED = "fixed"
+
+
+@dataclass(frozen=True)
+class Use:
+    """A place where a parameter's blocks stand unchanged as an argument of a site."""
+
+    site: SiteModel
+    coordinate: Coordinate
+    cells: Tensor
+
+
+@dataclass(frozen=True)
+class Block:
+    """One parameter's entry in the plan."""
+
+    name: str
+    rung: Rung
+    reason: str
+    form: Form | None = None
+    uses: tuple[Use, ...] = ()
+    lower: float = -torch.inf
+    upper: float = torch.inf
