@@ -179,9 +179,7 @@ def read_sites(structure: Structure) -> Reading:
         sites = {n: sites[n] for n in traces[0].factors if n in sites}  # program order
         sites = _scaled(sites, traces[0])
         changes = {
-            (site.name, name): float(
-                (_location(site, trace) - _location(site, traces[0])).abs().max()
-            )
+            (site.name, name): _location_change(site, trace, traces[0])
             for site in sites.values()
             if site.family.location is not None
             for name, trace in moved.items()
