@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -13,8 +14,15 @@ from pyroem.errors import SettingError
 from pyroem.estep.trace import Posterior, posterior
 from pyroem.mstep.update import expected_sum
 from pyroem.reading import read
+from pyroem.structure import Structure
 
 Model = Callable[..., Any]
+
+
+def _read(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: Any) -> Structure:
+    """Read the program outside any transform of ``torch.func``: those are per thread."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(read, model, args, kwargs, dtype=dtype).result()
 
 
 def log_joint(
@@ -30,7 +38,7 @@ def log_joint(
     continuous sites), in the constrained space. The result is a scalar, differentiable to any
     order in ``params``, under autograd and under ``torch.func``.
     """
-    structure = read(model, args, kwargs, dtype=dtype)
+    structure = _read(model, args, kwargs, dtype)
     values = structure.values(params)
     with isolated(dtype):
         trace = structure.enumerate(values)
@@ -45,7 +53,7 @@ def e_step(
     **kwargs: Any,
 ) -> Posterior:
     """The posterior of the assignments at ``params``; see :class:`Posterior`."""
-    structure = read(model, args, kwargs, dtype=dtype)
+    structure = _read(model, args, kwargs, dtype)
     values = {n: v.detach() for n, v in structure.values(params).items()}
     with isolated(dtype):
         return posterior(structure, values)
@@ -64,7 +72,7 @@ def expected_log_joint(
     ``expected`` is the posterior at the old parameters, from :func:`e_step`. At ``params = old``
     the gradient of Q is that of :func:`log_joint` (Fisher's identity).
     """
-    structure = read(model, args, kwargs, dtype=dtype)
+    structure = _read(model, args, kwargs, dtype)
     values = structure.values(params)
     with isolated(dtype):
         trace = structure.enumerate(values)

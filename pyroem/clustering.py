@@ -64,7 +64,7 @@ def _columns(problem: Problem, trace: Enumerated, z: str, name: str) -> Tensor |
     at = [rank - event + frames[p] for p in plates]
     sizes = rows_shape(problem, z)
     moved = value.movedim(at, list(range(len(at))))
-    moved = moved.expand(*sizes, *moved.shape[len(sizes) :])
+    moved = moved.expand((*sizes, *moved.shape[len(sizes) :]))
     return moved.reshape(int(torch.Size(sizes).numel()), -1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pyroem.mstep.plan import Rung
@@ -23,13 +24,14 @@ def describe(fit: Fit) -> str:
     lines = [str(fit), ""]
     dtype = str(structure.program.dtype).removeprefix("torch.")
     rows = f"{structure.num_rows} rows" if structure.unit else "no plate of independent rows"
+    states = structure.assignments.items()
     plates = f" (plate {', '.join(structure.unit)})" if structure.unit else ""
     lines += [
         f"Data: {rows}{plates}, fitted in {dtype}"
         + ("." if problem.row_weights is None else ", rows weighted."),
-        f"Observations: {', '.join(structure.observations)}.",
+        f"Observations: {', '.join(_shortened(structure.observations))}.",
         "Assignments: "
-        + (", ".join(f"{z} ({k} states)" for z, k in _shortened(structure.assignments)) or "none")
+        + (", ".join(_shortened([f"{z} ({k} states)" for z, k in states])) or "none")
         + ".",
         "Engine: trace (one enumerated Pyro trace for each pass over the data).",
         "",
@@ -64,6 +66,5 @@ def describe(fit: Fit) -> str:
     return "\n".join(lines)
 
 
-def _shortened(assignments: dict[str, int]) -> list[tuple[str, int]]:
-    items = list(assignments.items())
-    return items if len(items) <= 6 else [*items[:3], ("...", items[0][1]), items[-1]]
+def _shortened(items: Sequence[str]) -> list[str]:
+    return list(items) if len(items) <= 6 else [*items[:3], "...", items[-1]]

@@ -204,15 +204,12 @@ class _Memory:
 
     def keep_above_floors(self) -> None:
         """Project variances that fell below their floor back onto it."""
-        if not self.problem.floors:
-            return
-        params = self.params()
-        clipped = self.problem.clip(params)
-        parameters = self.problem.structure.parameters
-        self._floored = False
+        problem, params = self.problem, self.params()
+        clipped, near = problem.clip(params), problem.clip(params, 1.0001)
+        names = [n for n in problem.floors if n in self.raw]
+        self._floored = any(not torch.equal(near[n], params[n]) for n in names)
         with torch.no_grad():
-            for name in self.problem.floors:
-                if name in self.raw and not torch.equal(clipped[name], params[name]):
-                    self._floored = True
-                    at = parameters[name].unconstrain(clipped[name])
+            for name in names:
+                if not torch.equal(clipped[name], params[name]):
+                    at = problem.structure.parameters[name].unconstrain(clipped[name])
                     self.raw[name].copy_(at / self.steps[name])

@@ -63,13 +63,13 @@ class Problem:
         )
         return value, self.structure.log_prior(trace)
 
-    def clip(self, params: Params) -> Params:
-        """``params`` with every variance above its floor."""
+    def clip(self, params: Params, factor: float = 1.0) -> Params:
+        """``params`` with every variance above ``factor`` times its floor."""
         result = dict(params)
         for name, floor in self.floors.items():
             clip = self.plan.blocks[name].uses[0].coordinate.clip
             assert clip is not None
-            result[name] = clip(params[name], floor)
+            result[name] = clip(params[name], floor * factor)
         return result
 
 

@@ -102,6 +102,7 @@ class _Substitute(Messenger):
         super().__init__()
         self.values, self.dtype, self.enumerate = values, dtype, enumerate_
         self.fill, self.observed = fill, observed
+        self.first: dict[str, tuple[Any, Any, Tensor | None]] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
         if is_plate_site(msg) or is_deterministic(msg):
@@ -131,8 +132,21 @@ class _Substitute(Messenger):
             msg["value"] = value.to(self.dtype)
 
     def _pyro_param(self, msg: Any) -> None:
-        if msg["name"] in self.values:
-            msg["value"], msg["done"] = self.values[msg["name"]], True
+        # Values never go through the parameter store: it would keep them, and it cannot be used
+        # under torch.func. A later statement of the same name repeats the first.
+        name, given = msg["name"], len(msg["args"]) > 1
+        if name in self.first:
+            msg["args"], msg["kwargs"]["constraint"], value = self.first[name]
+        else:
+            value = None
+            if name in self.values:
+                value = self.values[name]
+            elif given:
+                initial = msg["args"][1]
+                value = (initial() if callable(initial) else initial).detach().to(self.dtype)
+            self.first[name] = msg["args"], msg["kwargs"].get("constraint"), value
+        if value is not None:
+            msg["value"], msg["done"] = value, True
 
     def _pyro_post_param(self, msg: Any) -> None:
         msg["value"] = msg["value"].to(self.dtype)
