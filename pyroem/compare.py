@@ -20,7 +20,7 @@ from pyroem.problem import Problem, pose
 from pyroem.solver import Solver
 from pyroem.starts import starts
 from pyroem.structure import Params
-from pyroem.symmetry import permute, state_groups
+from pyroem.symmetry import permute
 
 
 @dataclass(frozen=True)
@@ -216,12 +216,12 @@ def match(fit: Fit, reference: Fit) -> Params:
     States are paired to agree on as many rows as possible (the Hungarian algorithm on the overlap
     of the posteriors).
     """
-    structure, plan = reference.problem.structure, reference.problem.plan
+    structure = reference.problem.structure
     params = {n: v.to(reference.params[n].dtype) for n, v in fit.params.items()}
     with isolated(structure.program.dtype, 0):
         a = posterior(structure, reference.params).marginals
         b = posterior(structure, params).marginals
-    for group in state_groups(structure, plan):
+    for group in reference.problem.groups:
         k = group.num_states
         if not group.axes and not group.complements:
             continue

@@ -8,7 +8,6 @@ from torch import Tensor
 from pyroem.mstep.update import Expected
 from pyroem.problem import Problem
 from pyroem.structure import Params
-from pyroem.symmetry import state_groups
 
 DEAD = 1e-3  # rows
 MISSING_FLOOR = 1e-14  # of the data's variance, where the floor is turned off
@@ -52,7 +51,7 @@ def dead(problem: Problem, expected: Expected) -> list[str]:
     """The states of assignments that hold no data, by assignment and component."""
     messages = []
     sites = problem.plan.reading.sites
-    for group in state_groups(problem.structure, problem.plan):
+    for group in problem.groups:
         total = None
         for z in group.assignments:
             if z not in sites:

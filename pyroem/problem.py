@@ -16,17 +16,19 @@ from pyroem.mstep.scales import variance_floors
 from pyroem.mstep.update import Expected, m_step
 from pyroem.reading import read
 from pyroem.structure import Params, Structure
+from pyroem.symmetry import StateGroup, state_groups
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Everything that a solver needs: structure, plan, row weights and variance floors."""
+    """Everything that a solver needs: structure, plan, row weights, variance floors, states."""
 
     structure: Structure
     plan: Plan
     row_weights: Tensor | None
     floors: dict[str, Tensor]
     floor: float
+    groups: tuple[StateGroup, ...]
 
     @property
     def rows(self) -> float:
@@ -87,9 +89,9 @@ def pose(
     structure = read(model, args, kwargs, dtype=dtype)
     plan = make_plan(structure, fixed)
     row_weights = None if weights is None else check_weights(weights, structure)
-    return Problem(
-        structure, plan, row_weights, variance_floors(structure, plan.blocks, floor), floor
-    )
+    floors = variance_floors(structure, plan.blocks, floor)
+    groups = tuple(state_groups(structure, plan))
+    return Problem(structure, plan, row_weights, floors, floor, groups)
 
 
 def check_weights(weights: Any, structure: Structure) -> Tensor:

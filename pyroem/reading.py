@@ -56,9 +56,9 @@ def read(
     traces = []
     for seed in (0, 1):  # two draws tell a random start from one that the user wrote down
         with isolated(dtype, seed):
-            trace = program.run({})
-            traces.append((trace.nodes, dict(pyro.get_param_store()._constraints)))
-    (nodes, stored), (again, _) = traces
+            trace, cast = program.run_and_see({})
+            traces.append((trace.nodes, dict(pyro.get_param_store()._constraints), cast))
+    (nodes, stored, cast), (again, _, cast_again) = traces
     kinds = _classify(nodes)
     parameters = {
         name: _parameter(name, nodes[name], stored, again.get(name), dtype)
@@ -76,7 +76,7 @@ def read(
         filled = _check_observation(nodes[name])
         if filled is not None:
             fill[name] = filled
-    program = replace(program, modules=modules, fill=fill)
+    program = replace(program, modules=modules, fill=fill, cast=cast or cast_again)
     nesting = max(
         (
             -f.dim

@@ -17,7 +17,7 @@ from pyroem.estep.trace import collect, factor_weights
 from pyroem.mstep.plan import Rung
 from pyroem.problem import Problem
 from pyroem.structure import Params, check_names
-from pyroem.symmetry import StateGroup, coinciding, state_groups
+from pyroem.symmetry import StateGroup, coinciding
 
 METHODS = ("auto", "kmeans", "random", "prior", "model")
 HANDFUL = 10  # rows that seed a state of a random start
@@ -125,7 +125,7 @@ def _given(problem: Problem, given: Mapping[str, Any], seed: int) -> Start:
 
 def _tells_states_apart(problem: Problem, values: Mapping[str, Tensor]) -> bool:
     """Whether some of ``values`` differs along an axis of states."""
-    for group in state_groups(problem.structure, problem.plan):
+    for group in problem.groups:
         for name, axis in group.axes:
             if name in values and _in_observation(problem, name):
                 first = values[name].narrow(axis, 0, 1)
@@ -160,7 +160,8 @@ def _auto(problem: Problem, program: Params, count: int, seed: int) -> list[Star
         chosen = [Start(problem.clip(_around(problem, program, rest)), how)]
     if len(chosen) == count:
         return chosen
-    work = max(f.tensor.numel() for f in problem.plan.reading.traces[0].factors.values())
+    factors = problem.plan.reading.traces[0].factors.values()
+    work = sum(f.tensor.numel() + 1000 for f in factors)  # a site costs something by itself
     tries = 12 if work <= 20_000 else 6 if work <= 500_000 else 3
     guesses = [guessed(problem, program, "kmeans", seed + i) for i in range(max(tries, count))]
     guesses += [guessed(problem, program, "random", seed + i) for i in range(tries)]
@@ -199,7 +200,7 @@ def guessed(
     evidence: Evidence = {}
     importance: Tensor | None = None
     taken: dict[int, list[Tensor]] = {}
-    for group in state_groups(problem.structure, problem.plan):
+    for group in problem.groups:
         rows = features(problem, trace, group) if method == "kmeans" else None
         if rows is None:
             importance = _random(problem, group, evidence, generator, importance)

@@ -176,6 +176,12 @@ class Program:
         observed: bool = True,
     ) -> Trace:
         """Trace the program at ``values``; enumerate to the left of ``nesting`` plates if given."""
+        return self.run_and_see(values, nesting=nesting, observed=observed)[0]
+
+    def run_and_see(
+        self, values: Values, *, nesting: int | None = None, observed: bool = True
+    ) -> tuple[Trace, bool]:
+        """As :meth:`run`; also whether any tensor of the program had to be cast or replaced."""
         substitute = _Substitute(values, self.dtype, nesting is not None, self.fill, observed)
         replace = {id(p): values[n] for n, p in self.modules.items() if n in values}
         with contextlib.ExitStack() as stack:
@@ -184,15 +190,16 @@ class Program:
                 first = -1 - nesting
                 stack.enter_context(EnumMessenger(first_available_dim=first))
             stack.enter_context(substitute)
+            cast = _Cast(self.dtype, replace)
             if self.cast or replace:
-                stack.enter_context(_Cast(self.dtype, replace))
+                stack.enter_context(cast)
             try:
                 self.model(*self.args, **self.kwargs)
             except PyroemError:
                 raise
             except Exception as error:
                 raise _explain_failure(error, nesting is not None) from error
-        return tracer.trace
+        return tracer.trace, cast.used
 
 
 def _explain_failure(error: Exception, enumerated: bool) -> ModelError:

@@ -21,7 +21,7 @@ from pyroem.statistics import Statistics
 from pyroem.structure import Params
 
 MAX_SWEEPS = 50
-SWEEP_TOLERANCE = 1e-11
+SWEEP_TOLERANCE = 1e-9
 GRADIENT_STEPS = 10
 SMALLEST = {torch.float64: 1e-100, torch.float32: 1e-30}
 
