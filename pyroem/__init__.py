@@ -6,9 +6,9 @@ from pyroem.em import EM
 from pyroem.errors import DataError, ModelError, PyroemError, SettingError
 from pyroem.estep.trace import Posterior
 from pyroem.families import Coordinate, Family, exponential_family, register_family
-from pyroem.fit import Fit, Restart
+from pyroem.fit import Fit
 from pyroem.gradient import MAP
-from pyroem.loop import Record, Status
+from pyroem.loop import Record, Restart, Status
 
 __version__ = "0.1.0"
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from pyroem.mstep.plan import Rung
-
-if TYPE_CHECKING:
-    from pyroem.fit import Fit
+from pyroem.loop import Restart, Rule, Status
+from pyroem.mstep.blocks import Rung
+from pyroem.problem import Problem
 
 _HOW = {
     Rung.CLOSED_FORM: "closed form",
@@ -18,10 +16,18 @@ _HOW = {
 }
 
 
-def describe(fit: Fit) -> str:
-    """The report, as text."""
-    problem, structure = fit.problem, fit.problem.structure
-    lines = [str(fit), ""]
+def describe(
+    problem: Problem,
+    solver: str,
+    rule: Rule,
+    start: str,
+    status: Status,
+    message: str,
+    restarts: tuple[Restart, ...],
+) -> str:
+    """The report below the headline, as text."""
+    structure = problem.structure
+    lines = []
     dtype = str(structure.program.dtype).removeprefix("torch.")
     rows = f"{structure.num_rows} rows" if structure.unit else "no plate of independent rows"
     states = structure.assignments.items()
@@ -36,32 +42,31 @@ def describe(fit: Fit) -> str:
         "Engine: trace (one enumerated Pyro trace for each pass over the data).",
         "",
         "How EM updates each parameter:"
-        if fit.solver.name == "EM"
-        else f"{fit.solver.name} follows the gradient of all parameters; EM would update each:",
+        if solver == "EM"
+        else f"{solver} follows the gradient of all parameters; EM would update each:",
     ]
     for name in structure.parameters:
         block = problem.plan.blocks[name]
         prior = ", prior" if structure.parameters[name].has_prior else ""
         shape = "x".join(map(str, structure.parameters[name].shape)) or "scalar"
         lines.append(f"  {name} ({shape}{prior}): {_HOW[block.rung]}: {block.reason}")
-    lines += ["", f"Start: {fit.start}."]
+    lines += ["", f"Start: {start}."]
     if problem.floors:
         names = ", ".join(problem.floors)
         lines.append(
             f"Variance floor: {problem.floor:g} of the data's variance, on {names} (floor=0 turns"
             " it off)."
         )
-    lines.append(f"Status: {fit.status}. {fit.status.explanation}")
-    if fit.message:
-        lines.append(f"  {fit.message}")
-    solver = fit.solver
+    lines.append(f"Status: {status}. {status.explanation}")
+    if message:
+        lines.append(f"  {message}")
     lines.append(
-        f"Stopping rule: objective change <= {solver.tol:g} a row and parameter change <="
-        f" {solver.param_tol:g}, {solver.patience} time(s) in a row; at most {solver.max_iter}"
+        f"Stopping rule: objective change <= {rule.tol:g} a row and parameter change <="
+        f" {rule.param_tol:g}, {rule.patience} time(s) in a row; at most {rule.max_iter}"
         " iterations."
     )
-    if len(fit.restarts) > 1:
-        ends = ", ".join(f"{r.log_joint:.4f} ({r.status})" for r in fit.restarts)
+    if len(restarts) > 1:
+        ends = ", ".join(f"{r.log_joint:.4f} ({r.status})" for r in restarts)
         lines.append(f"Restarts: {ends}.")
     return "\n".join(lines)
 

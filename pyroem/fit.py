@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyro
 import torch
@@ -18,22 +18,11 @@ from pyroem.errors import ModelError, SettingError
 from pyroem.estep.trace import factor_weights, posterior
 from pyroem.explain import describe
 from pyroem.families import forms
-from pyroem.loop import Record, Status
+from pyroem.loop import Record, Restart, Rule, Status
+from pyroem.mstep.blocks import Rung
 from pyroem.problem import Problem, pose
 from pyroem.reading import read
 from pyroem.structure import Params, Structure
-
-if TYPE_CHECKING:
-    from pyroem.solver import Solver
-
-
-@dataclass(frozen=True)
-class Restart:
-    """How one of several starts ended."""
-
-    log_joint: float
-    status: Status
-    n_iter: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +39,8 @@ class Fit:
         One :class:`~pyroem.loop.Record` for each iteration.
     status, message
         How the fit ended, and the particulars.
+    solver, rule
+        The solver's name and its stopping rule.
     start
         How the start was found.
     restarts
@@ -62,7 +53,8 @@ class Fit:
     history: tuple[Record, ...]
     status: Status
     message: str
-    solver: Solver
+    solver: str
+    rule: Rule
     start: str
     restarts: tuple[Restart, ...]
     problem: Problem
@@ -84,12 +76,20 @@ class Fit:
 
     def explain(self) -> str:
         """How each parameter is updated and why, where the fit started and how it ended."""
-        return describe(self)
+        return f"{self}\n\n" + describe(
+            self.problem,
+            self.solver,
+            self.rule,
+            self.start,
+            self.status,
+            self.message,
+            self.restarts,
+        )
 
     def __str__(self) -> str:
         note = f" ({self.message})" if self.message else ""
         return (
-            f"{self.solver.name} fit: {self.status}{note} after {self.n_iter} iterations,"
+            f"{self.solver} fit: {self.status}{note} after {self.n_iter} iterations,"
             f" log_joint {self.log_joint:.6f}, log_likelihood {self.log_likelihood:.6f}"
         )
 
@@ -250,10 +250,12 @@ class Fit:
                 "message": self.message,
                 "start": self.start,
                 "restarts": [(r.log_joint, r.status.value, r.n_iter) for r in self.restarts],
-                "solver": type(self.solver).__name__,
-                "settings": {
-                    k: getattr(self.solver, k)
-                    for k in ("tol", "param_tol", "max_iter", "fixed", "floor", "dtype")
+                "solver": self.solver,
+                "rule": asdict(self.rule),
+                "problem": {
+                    "dtype": self.problem.structure.program.dtype,
+                    "fixed": [b.name for b in self.problem.plan.on(Rung.FIXED)],
+                    "floor": self.problem.floor,
                 },
             },
             path,
@@ -269,21 +271,8 @@ class Fit:
         **kwargs: Any,
     ) -> Fit:
         """Read a fit back, with the program and data that it belongs to."""
-        from pyroem.solver import Solver
-
         stored = torch.load(path, weights_only=True)
-        settings = stored["settings"]
-        kinds = {kind.__name__: kind for kind in Solver.__subclasses__()}
-        solver = kinds.get(stored["solver"], Solver)(**settings)
-        problem = pose(
-            model,
-            args,
-            kwargs,
-            dtype=solver.dtype,
-            fixed=solver.fixed,
-            floor=solver.floor,
-            weights=weights,
-        )
+        problem = pose(model, args, kwargs, weights=weights, **stored["problem"])
         return cls(
             problem.structure.values(stored["params"]),
             stored["log_likelihood"],
@@ -291,7 +280,8 @@ class Fit:
             tuple(Record(*r) for r in stored["history"]),
             Status(stored["status"]),
             stored["message"],
-            solver,
+            stored["solver"],
+            Rule(**stored["rule"]),
             stored["start"],
             tuple(Restart(a, Status(b), c) for a, b, c in stored["restarts"]),
             problem,

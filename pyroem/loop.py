@@ -59,6 +59,15 @@ class Record(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Restart:
+    """How one of several starts ended."""
+
+    log_joint: float
+    status: Status
+    n_iter: int
+
+
+@dataclass(frozen=True)
 class State:
     """Where a solver stands: a point, its objective, and what the next step needs (``memory``).
 
@@ -80,11 +89,6 @@ class Stepper(Protocol):
         """Whether a step that lowers the objective is an error."""
         ...
 
-    @property
-    def patience(self) -> int:
-        """For how many iterations in a row the stopping rule must hold."""
-        ...
-
     def begin(self, problem: Problem, params: Params) -> State:
         """The state at the start."""
         ...
@@ -92,6 +96,16 @@ class Stepper(Protocol):
     def step(self, problem: Problem, state: State) -> State:
         """One iteration."""
         ...
+
+
+@dataclass(frozen=True)
+class Rule:
+    """When to stop: see :func:`iterate`."""
+
+    tol: float
+    param_tol: float
+    max_iter: int
+    patience: int
 
 
 @dataclass(frozen=True)
@@ -108,15 +122,13 @@ def iterate(
     problem: Problem,
     solver: Stepper,
     params: Params,
+    rule: Rule,
     *,
-    tol: float,
-    param_tol: float,
-    max_iter: int,
     progress: bool = False,
     label: str = "",
 ) -> Outcome:
-    """Step until the objective changes by less than ``tol`` a row and every parameter by less than
-    ``param_tol`` of its size, ``solver.patience`` times in a row.
+    """Step until the objective changes by at most ``tol`` a row and every parameter by at most
+    ``param_tol`` of its size, ``patience`` times in a row; at most ``max_iter`` times.
 
     Never raises for a bad fit: the status says what happened. The best point seen is returned.
     """
@@ -129,9 +141,9 @@ def iterate(
         return Outcome(state, Status.NON_FINITE, tuple(history), message)
     noise = 1e-10 if problem.structure.program.dtype == torch.float64 else 2e-5
     status, message, calm = Status.MAX_ITER, "", 0
-    show = _Progress(label, max_iter) if progress else None
+    show = _Progress(label, rule.max_iter) if progress else None
     try:
-        for iteration in range(1, max_iter + 1):
+        for iteration in range(1, rule.max_iter + 1):
             new = solver.step(problem, state)
             record = Record(iteration, new.log_joint, time.perf_counter() - clock, new.passes)
             if not _finite(new):
@@ -151,10 +163,10 @@ def iterate(
             if show is not None:
                 show(record, change / problem.rows)
             resolution = _resolution(problem, state, noise)
-            settled = abs(change) / problem.rows <= max(tol, resolution)
-            level = new.slope <= 10 * (tol + resolution) ** 0.5
-            calm = calm + 1 if settled and level and moved <= param_tol else 0
-            if calm >= solver.patience:
+            settled = abs(change) / problem.rows <= max(rule.tol, resolution)
+            level = new.slope <= 10 * (rule.tol + resolution) ** 0.5
+            calm = calm + 1 if settled and level and moved <= rule.param_tol else 0
+            if calm >= rule.patience:
                 status = Status.CONVERGED
                 break
     except KeyboardInterrupt:

@@ -12,8 +12,8 @@ import torch
 from pyroem._pyro import isolated
 from pyroem.diagnose import collapsed, dead
 from pyroem.errors import ModelError, SettingError
-from pyroem.fit import Fit, Restart
-from pyroem.loop import Outcome, State, Status, iterate
+from pyroem.fit import Fit
+from pyroem.loop import Outcome, Restart, Rule, State, Status, iterate
 from pyroem.problem import Problem, pose
 from pyroem.starts import Start, starts
 from pyroem.structure import Params
@@ -83,6 +83,11 @@ class Solver:
     def patience(self) -> int:
         """For how many iterations in a row the stopping rule must hold."""
         raise NotImplementedError
+
+    @property
+    def rule(self) -> Rule:
+        """When to stop."""
+        return Rule(self.tol, self.param_tol, self.max_iter, self.patience)
 
     def check(self, problem: Problem) -> None:
         """Raise where the solver cannot work on the problem."""
@@ -162,9 +167,7 @@ class Solver:
             problem,
             self,
             start.params,
-            tol=self.tol,
-            param_tol=self.param_tol,
-            max_iter=self.max_iter,
+            self.rule,
             progress=self.progress,
             label=label,
         )
@@ -220,7 +223,8 @@ def _finish(
         run.history,
         run.status,
         run.message,
-        solver,
+        solver.name,
+        solver.rule,
         start.how,
         restarts,
         problem,

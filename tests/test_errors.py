@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 import pyro
 import pyro.distributions as dist
-import pyroem
 import pytest
 import torch
 from problems import PROBLEMS, gaussian_conjugate, gaussian_mixture, latent_class, poisson_mixture
 from pyro import poutine
-from pyroem import EM, MAP, DataError, ModelError, SettingError
 from torch import Tensor
 from torch.distributions import constraints
+
+import pyroem
+from pyroem import EM, MAP, DataError, ModelError, SettingError
 
 X = torch.cat([torch.linspace(-3, -1, 20), torch.linspace(1, 4, 20)]).double()
 PARAMS = {
@@ -142,7 +143,7 @@ def test_latent_of_a_row_can_be_declared_a_parameter() -> None:
             shift = pyro.sample("shift", prior, infer={"parameter": True})
             pyro.sample("x", dist.Normal(loc[z] + shift, scale[z]), obs=x)
 
-    fit = EM(max_iter=3).fit(model, X)
+    fit = EM(max_iter=2).fit(model, X, init="kmeans")
     assert fit.params["shift"].shape == X.shape
 
 
@@ -263,7 +264,9 @@ def bernoulli(x: Tensor) -> None:
 
 def dirichlet(x: Tensor) -> None:
     weights = pyro.param("weights", x.new_ones(2) / 2, constraint=constraints.simplex)
-    alpha = pyro.param("alpha", x.new_tensor([[1.0, 2.0], [2.0, 1.0]]), constraint=constraints.positive)
+    alpha = pyro.param(
+        "alpha", x.new_tensor([[1.0, 2.0], [2.0, 1.0]]), constraint=constraints.positive
+    )
     with pyro.plate("rows", len(x)):
         z = pyro.sample("z", dist.Categorical(weights))
         pyro.sample("x", dist.Dirichlet(alpha[z]), obs=x)
@@ -271,7 +274,9 @@ def dirichlet(x: Tensor) -> None:
 
 def categorical(y: Tensor) -> None:
     weights = pyro.param("weights", torch.ones(2) / 2, constraint=constraints.simplex)
-    probs = pyro.param("probs", torch.tensor([[0.2, 0.3, 0.5], [0.6, 0.2, 0.2]]), constraint=constraints.simplex)
+    probs = pyro.param(
+        "probs", torch.tensor([[0.2, 0.3, 0.5], [0.6, 0.2, 0.2]]), constraint=constraints.simplex
+    )
     with pyro.plate("rows", len(y)):
         z = pyro.sample("z", dist.Categorical(weights))
         pyro.sample("y", dist.Categorical(probs[z]), obs=y)
@@ -284,7 +289,11 @@ def categorical(y: Tensor) -> None:
         (poisson_mixture, torch.tensor([1.0, 2.5, 3.0, 4.0]), ["'n'", "Poisson", "2.5", "(1,)"]),
         (bernoulli, torch.tensor([1.0, 0.0, 2.0, 0.0]), ["'x'", "Bernoulli", "2.0", "(2,)"]),
         (latent_class, torch.full((4, 6), 2.0), ["'x'", "Bernoulli", "2.0"]),
-        (dirichlet, torch.tensor([[0.5, 0.5], [0.5, 0.9]]), ["'x'", "Dirichlet", "Simplex", "0.8", "(1,)"]),
+        (
+            dirichlet,
+            torch.tensor([[0.5, 0.5], [0.5, 0.9]]),
+            ["'x'", "Dirichlet", "Simplex", "0.8", "(1,)"],
+        ),
         (categorical, torch.tensor([0, 1, 3, 2]), ["'y'", "Categorical", "3", "(2,)"]),
     ],
 )

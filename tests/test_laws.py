@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable
+from functools import cache, partial
 from typing import Any
 
 import pyro
@@ -36,7 +36,7 @@ few_problems = pytest.mark.parametrize("problem", FEW, ids=repr)
 BY_NAME = {p.name: p for p in PROBLEMS}
 
 
-@functools.cache
+@cache
 def posed_by_name(name: str) -> Posed:
     return pose(BY_NAME[name].model, BY_NAME[name].data, {})
 
@@ -75,12 +75,15 @@ def em_steps(target: Posed, params: Params, count: int) -> Params:
     return params
 
 
+def tell(name: str, message: str) -> str:
+    return f"{name}: {message}"
+
+
 def close(found: Params, wanted: Params, *, rtol: float, atol: float) -> None:
     assert found.keys() == wanted.keys()
     for name in wanted:
-        torch.testing.assert_close(
-            found[name], wanted[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        a, b = found[name], wanted[name]
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol, msg=partial(tell, name))
 
 
 # ---------------------------------------------------------------------------------------
@@ -92,7 +95,7 @@ def test_e_step_equals_enumeration_by_hand(problem: Problem) -> None:
     assert problem.tiny is not None
     oracle = brute_force(problem.model, problem.params, problem.tiny)
     found = pyroem.e_step(problem.model, problem.params, *problem.tiny)
-    exact = {"rtol": 0.0, "atol": 1e-9}
+    exact: dict[str, Any] = {"rtol": 0.0, "atol": 1e-9}
     torch.testing.assert_close(found.log_likelihood, oracle.log_likelihood, **exact)
     torch.testing.assert_close(
         pyroem.log_joint(problem.model, problem.params, *problem.tiny), oracle.log_joint, **exact
@@ -281,7 +284,7 @@ def test_closed_forms_maximise_q(problem: Problem) -> None:
                 fixed_gauge(block.form, wanted[block.name]),
                 rtol=1e-5,
                 atol=1e-5,
-                msg=lambda m, n=block.name: f"{n}: {m}",
+                msg=partial(tell, block.name),
             )
 
 
@@ -342,7 +345,8 @@ def densities(target: Posed, expected: Expected, params: Params) -> dict[str, fl
     nodes = structure.program.run(params, nesting=structure.nesting).nodes
     result = {}
     for name, site in target.plan.reading.sites.items():
-        arguments = site.evaluate(params, lambda n=name: unwrap(nodes[n]["fn"])[0])
+        base, _, _ = unwrap(nodes[name]["fn"])
+        arguments = site.evaluate(params, partial(lambda d: d, base))
         value = site.expected_log_density(arguments, expected.statistics[name])
         result[name] = float(value)
     return result
@@ -403,7 +407,7 @@ def test_permuting_rows_changes_nothing(problem: Problem) -> None:
 @every_problem
 def test_em_ends_at_an_optimum_that_map_finds_too(problem: Problem) -> None:
     settings: dict[str, Any] = {"tol": 1e-13, "param_tol": 1e-9, "max_iter": 5000}
-    init = {"init": problem.params}
+    init: dict[str, Any] = {"init": problem.params}
     em = EM(**settings).fit(problem.model, *problem.data, **init)
     assert em.converged, str(em)
     target, rows = posed(problem), rows_of(problem)

@@ -6,8 +6,9 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-import pyroem
 import pytest
+
+import pyroem
 
 PACKAGE = Path(pyroem.__file__).parent
 
@@ -21,8 +22,8 @@ LAYERS: list[set[str]] = [
     {"reading", "statistics"},
     {"mstep"},
     {"estep"},
-    {"problem"},
     {"symmetry"},
+    {"problem"},
     {"diagnose", "clustering"},
     {"starts", "loop", "explain"},
     {"fit"},
