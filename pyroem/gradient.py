@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from pyro.optim import PyroOptim
+from pyro.optim import PyroLRScheduler, PyroOptim
 from torch import Tensor
 
 from pyroem.errors import SettingError
@@ -149,6 +149,8 @@ def _step(optimiser: torch.optim.Optimizer, memory: _Memory) -> None:
 def _pyro_step(optimiser: PyroOptim, memory: _Memory) -> None:
     memory.closure()
     optimiser(list(memory.raw.values()))
+    if isinstance(optimiser, PyroLRScheduler):
+        optimiser.step()  # one epoch is one pass over the data
 
 
 class _Memory:

@@ -13,7 +13,7 @@ from pyroem.errors import DataError, SettingError
 from pyroem.estep.trace import expectation
 from pyroem.mstep.plan import Plan, Rung, make_plan
 from pyroem.mstep.scales import variance_floors
-from pyroem.mstep.update import Expected, m_step
+from pyroem.mstep.update import MAX_SWEEPS, Expected, m_step
 from pyroem.reading import read
 from pyroem.structure import Params, Structure
 from pyroem.symmetry import StateGroup, state_groups
@@ -52,10 +52,14 @@ class Problem:
         return expectation(self.structure, self.plan, params, weights)
 
     def m_step(
-        self, params: Params, expected: Expected, only: frozenset[str] | None = None
+        self,
+        params: Params,
+        expected: Expected,
+        only: frozenset[str] | None = None,
+        sweeps: int = MAX_SWEEPS,
     ) -> Params:
         """New parameters from expected statistics."""
-        return m_step(self.plan, params, expected, self.floors, only)
+        return m_step(self.plan, params, expected, self.floors, only, sweeps)
 
     def log_joint(self, params: Params) -> tuple[Tensor, Tensor]:
         """Log-likelihood and log prior at ``params``, differentiable."""

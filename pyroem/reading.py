@@ -22,6 +22,7 @@ from pyroem._pyro import (
     is_plate_site,
     isolated,
     plate_frames,
+    stored_constraints,
     unwrap,
 )
 from pyroem.errors import DataError, ModelError, SettingError
@@ -57,7 +58,7 @@ def read(
     for seed in (0, 1):  # two draws tell a random start from one that the user wrote down
         with isolated(dtype, seed):
             trace, cast = program.run_and_see({})
-            traces.append((trace.nodes, dict(pyro.get_param_store()._constraints), cast))
+            traces.append((trace.nodes, stored_constraints(), cast))
     (nodes, stored, cast), (again, _, cast_again) = traces
     kinds = _classify(nodes)
     parameters = {

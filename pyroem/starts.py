@@ -175,7 +175,7 @@ def _promise(problem: Problem, params: Params) -> tuple[bool, float]:
     """Whether a short EM run stays healthy, and the objective it reaches."""
     for _ in range(SHORT):
         expected, _ = problem.e_step(params)
-        params = problem.m_step(params, expected)
+        params = problem.m_step(params, expected, sweeps=1)
     expected, log_prior = problem.e_step(params)
     value = float(expected.log_likelihood + log_prior)
     if value != value:

@@ -345,9 +345,9 @@ def test_optimizer() -> None:
         MAP("bfgs")
     with pytest.raises(SettingError, match="optimizer"):
         MAP(3)
-    with pytest.raises(SettingError, match="optimi[sz]er"):
+    with pytest.raises(SettingError, match=r"optimi[sz]er"):
         MAP("adam", options={"speed": 3}).fit(gaussian_mixture, X)
-    with pytest.raises(SettingError, match="optimi[sz]er"):
+    with pytest.raises(SettingError, match=r"optimi[sz]er"):
         MAP(lambda leaves: None).fit(gaussian_mixture, X)
 
 

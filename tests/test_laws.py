@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import cache, partial
+from itertools import pairwise
 from typing import Any
 
 import pyro
@@ -178,6 +179,7 @@ def flat_log_joint(problem: Problem) -> tuple[Callable[[Tensor], Tensor], Tensor
 
 
 @few_problems
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own forward mode
 def test_the_objective_has_second_derivatives(problem: Problem) -> None:
     function, at = flat_log_joint(problem)
     leaf = at.clone().requires_grad_()
@@ -207,7 +209,7 @@ def test_ascent(problem: Problem, seed: int | None) -> None:
             expected, log_prior = target.e_step(params)
             values.append(float(expected.log_likelihood + log_prior))
             params = target.m_step(params, expected)
-    for old, new in zip(values, values[1:], strict=False):
+    for old, new in pairwise(values):
         assert new >= old - 1e-9 * abs(old)
     assert values[-1] > values[0]
 

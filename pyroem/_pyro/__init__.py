@@ -16,6 +16,7 @@ from pyroem._pyro.run import (
     is_plate_site,
     isolated,
     plate_frames,
+    stored_constraints,
     unwrap,
 )
 
@@ -34,5 +35,6 @@ __all__ = [
     "isolated",
     "plate_frames",
     "site_log_prob",
+    "stored_constraints",
     "unwrap",
 ]

@@ -40,6 +40,11 @@ def isolated(dtype: torch.dtype, seed: int | None = None) -> Iterator[None]:
         set_rng_state(rng)
 
 
+def stored_constraints() -> dict[str, Any]:
+    """The constraints of the parameters that modules put into Pyro's parameter store."""
+    return dict(pyro.get_param_store().get_state()["constraints"])
+
+
 def is_plate_site(site: Site) -> bool:
     """Whether the site only draws a plate's subsample."""
     return type(site["fn"]).__name__ == "_Subsample"
@@ -72,6 +77,8 @@ class _Cast(TorchFunctionMode):
         self.dtype, self.replace, self.used = dtype, replace, False
 
     def _convert(self, x: Any) -> Any:
+        if type(x) in (list, tuple):  # not torch.Size, which operations tell from a tuple
+            return type(x)(map(self._convert, x))
         if not isinstance(x, Tensor):
             return x
         if id(x) in self.replace:
@@ -85,7 +92,8 @@ class _Cast(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") in ("__set__", "requires_grad_"):
             return func(*args, **(kwargs or {}))
-        return func(*tree_map(self._convert, args), **tree_map(self._convert, kwargs or {}))
+        kwargs = {k: self._convert(v) for k, v in (kwargs or {}).items()}
+        return func(*map(self._convert, args), **kwargs)
 
 
 class _Substitute(Messenger):

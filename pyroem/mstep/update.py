@@ -72,11 +72,12 @@ def m_step(
     expected: Expected,
     floor: Mapping[str, Tensor] | None = None,
     only: frozenset[str] | None = None,
+    sweeps: int = MAX_SWEEPS,
 ) -> Params:
     """New parameters with at least the expected log-joint of ``params``.
 
     Blocks that interact (a shared mean with several variances) are updated in turn until they
-    settle; ``only`` restricts the update to some parameters (for a partial start).
+    settle, at most ``sweeps`` times; ``only`` restricts the update to some parameters (for a partial start).
     """
     chosen = [
         b
@@ -87,7 +88,7 @@ def m_step(
     numeric = [b for b in chosen if b.rung is Rung.ON_STATISTICS]
     gradient = [b for b in chosen if b.rung is Rung.GRADIENT]
     current = dict(params)
-    for sweep in range(MAX_SWEEPS):
+    for sweep in range(sweeps):
         before = current
         for block in closed:
             value = closed_update(plan, block, current, expected, floor)
