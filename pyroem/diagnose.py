@@ -13,8 +13,8 @@ DEAD = 1e-3  # rows
 MISSING_FLOOR = 1e-14  # of the data's variance, where the floor is turned off
 
 
-def collapsed(problem: Problem, params: Params) -> list[str]:
-    """The variances that have run to their floor, by parameter and component."""
+def collapsed(problem: Problem, params: Params, margin: float = 1.0001) -> list[str]:
+    """The variances below ``margin`` times their floor, by parameter and component."""
     messages: list[str] = []
     covered: set[str] = set()
     for name, floor in problem.floors.items():
@@ -22,7 +22,7 @@ def collapsed(problem: Problem, params: Params) -> list[str]:
         clip = block.uses[0].coordinate.clip
         assert clip is not None and block.form is not None
         moved = ~torch.isclose(
-            clip(params[name], floor * 1.0001), params[name], rtol=1e-7, atol=0.0
+            clip(params[name], floor * margin), params[name], rtol=1e-7, atol=0.0
         )
         if block.form.event_dim:
             moved = moved.flatten(-block.form.event_dim).any(-1)
@@ -38,7 +38,7 @@ def collapsed(problem: Problem, params: Params) -> list[str]:
         if any(a.selection is None for a in site.arguments.values()):
             continue
         variance = site.family.variance(site.evaluate(params, lambda: None))
-        low = variance <= max(problem.floor, MISSING_FLOOR) * site.scale * 1.0001
+        low = variance <= max(problem.floor, MISSING_FLOOR) * site.scale * margin
         if low.any():
             names = sorted({p for a in site.arguments.values() for p in a.parameters})
             messages.append(

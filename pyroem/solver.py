@@ -185,7 +185,8 @@ def _judge(problem: Problem, start: Start, outcome: Outcome) -> Outcome:
     """Look at where a run ended: collapse and symmetry overrule convergence."""
     params = outcome.state.params
     failed = outcome.status in (Status.NON_FINITE, Status.DECREASED)
-    problems = collapsed(problem, params)
+    # Close to the floor rounding may lower the objective: that is the collapse, not a defect.
+    problems = collapsed(problem, params, 1e4 if failed else 1.0001)
     if not failed:
         problems += dead(problem, problem.e_step(params)[0])
     if problems:

@@ -21,7 +21,8 @@ from pyroem.symmetry import StateGroup, coinciding
 
 METHODS = ("auto", "kmeans", "random", "prior", "model")
 HANDFUL = 10  # rows that seed a state of a random start
-SHORT = 10  # EM iterations after which candidate starts are compared
+LAPS = ((4, 0.5), (10, 0.5), (100, 1.0))  # EM iterations of a race, and the share that goes on
+CALM = 1e-6  # change of the objective per row at which a run of the race has settled
 CERTAINTY = 0.95  # what a k-means label weighs against the other states
 
 
@@ -63,7 +64,8 @@ def starts(problem: Problem, init: Any, count: int, seed: int) -> list[Start]:
         return [Start(_drawn(problem, seed + i), "the program's own values") for i in range(count)]
     if init == "auto":
         return _auto(problem, program, count, seed)
-    return [guessed(problem, program, init, seed + i) for i in range(count)]
+    pooled = from_evidence(problem, program, {}, None)
+    return [guessed(problem, pooled, init, seed + i) for i in range(count)]
 
 
 def _refuse(what: str, count: int) -> list[Start]:
@@ -119,7 +121,8 @@ def _given(problem: Problem, given: Mapping[str, Any], seed: int) -> Start:
         return Start(
             _around(problem, program, rest), "the values given, the rest found around them"
         )
-    start = guessed(problem, program, "kmeans", seed, rest)
+    pooled = from_evidence(problem, program, {}, None, rest)
+    start = guessed(problem, pooled, "kmeans", seed, rest)
     return Start(start.params, f"the values given, the rest from {start.how}")
 
 
@@ -163,34 +166,53 @@ def _auto(problem: Problem, program: Params, count: int, seed: int) -> list[Star
     factors = problem.plan.reading.traces[0].factors.values()
     work = sum(f.tensor.numel() + 1000 for f in factors)  # a site costs something by itself
     tries = 12 if work <= 20_000 else 6 if work <= 500_000 else 3
-    guesses = [guessed(problem, program, "kmeans", seed + i) for i in range(max(tries, count))]
-    guesses += [guessed(problem, program, "random", seed + i) for i in range(tries)]
-    ranked = sorted(guesses, key=lambda g: _promise(problem, g.params), reverse=True)
-    how = f"best of {len(guesses)} guesses after {SHORT} EM iterations each: "
-    chosen += [Start(g.params, how + g.how) for g in ranked]
+    pooled = from_evidence(problem, program, {}, None)
+    fields = []  # the two kinds race apart: random starts climb fast, and often into a collapse
+    for method, many in (("kmeans", max(tries, count)), ("random", tries)):
+        guesses = [guessed(problem, pooled, method, 100 * seed + i) for i in range(many)]
+        fields.append([_Race(problem, guess) for guess in guesses])
+    how = f"best of {sum(map(len, fields))} guesses after short EM runs: "
+    for length, share in LAPS:
+        for i, field in enumerate(fields):
+            for run in field:
+                run.advance(length)
+            field.sort(key=lambda run: run.promise, reverse=True)
+            fields[i] = field[: max(count, 1, round(share * len(field)))]
+    runs = sorted((r for field in fields for r in field), key=lambda r: r.promise, reverse=True)
+    chosen += [Start(run.start.params, how + run.start.how) for run in runs]
     return chosen[:count]
 
 
-def _promise(problem: Problem, params: Params) -> tuple[bool, float]:
-    """Whether a short EM run stays healthy, and the objective it reaches."""
-    for _ in range(SHORT):
-        expected, _ = problem.e_step(params)
-        params = problem.m_step(params, expected, sweeps=1)
-    expected, log_prior = problem.e_step(params)
-    value = float(expected.log_likelihood + log_prior)
-    if value != value:
-        return False, -torch.inf
-    return not collapsed(problem, params), value
+class _Race:
+    """An EM run from a guess, in laps."""
+
+    def __init__(self, problem: Problem, start: Start) -> None:
+        self.problem, self.start, self.params = problem, start, start.params
+        self.promise, self.settled = (False, -torch.inf), False
+
+    def advance(self, iterations: int) -> None:
+        """Iterate; ``promise`` then says whether it stays healthy, and its objective."""
+        problem = self.problem
+        for _ in range(0 if self.settled else iterations):
+            expected, log_prior = problem.e_step(self.params)
+            before, value = self.promise[1], float(expected.log_likelihood + log_prior)
+            self.promise = (True, value) if value == value else (False, -torch.inf)
+            if not abs(value - before) > CALM * problem.rows:
+                self.settled = True
+                break
+            self.params = problem.m_step(self.params, expected, sweeps=1)
+        if collapsed(problem, self.params, 100.0):
+            self.promise = (False, self.promise[1])
 
 
 def guessed(
     problem: Problem,
-    program: Params,
+    pooled: Params,
     method: str,
     seed: int,
     only: frozenset[str] | None = None,
 ) -> Start:
-    """Guess the assignments (``"kmeans"`` or ``"random"``) and make one M-step from them.
+    """Guess the assignments (``"kmeans"`` or ``"random"``) and make one M-step from ``pooled``.
 
     ``"random"`` seeds each state with a handful of rows drawn at random; the other rows are spread
     evenly and weigh less, so that the states do not all start at the pooled estimate.
@@ -218,7 +240,6 @@ def guessed(
             size = int(torch.Size(shape).numel())
             evidence[z] = soft[at : at + size].reshape((*shape, group.num_states))
             at += size
-    pooled = from_evidence(problem, program, {}, None, only)
     params = from_evidence(problem, pooled, evidence, importance, only)
     how = "k-means assignments" if method == "kmeans" else "random assignments"
     return Start(problem.clip(params), f"{how} (seed {seed}) and one M-step")

@@ -79,8 +79,11 @@ def imports(path: Path, everywhere: bool = False) -> Iterator[str]:
             assert node.level == 0, f"{path.name}: a relative import"
             assert node.module is not None
             for alias in node.names:
+                # Only our own names: beside an installed package lie those of others.
                 inner = PACKAGE.parent.joinpath(*node.module.split("."), alias.name)
-                is_module = inner.is_dir() or inner.with_suffix(".py").exists()
+                is_module = node.module.split(".")[0] == PACKAGE.name and (
+                    inner.is_dir() or inner.with_suffix(".py").exists()
+                )
                 yield f"{node.module}.{alias.name}" if is_module else node.module
 
 

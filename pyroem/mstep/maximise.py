@@ -38,8 +38,8 @@ def maximise(
         list(raw.values()),
         max_iter=max_iter,
         max_eval=3 * max_iter,
-        tolerance_grad=1e-11,
-        tolerance_change=1e-15,
+        tolerance_grad=1e-9,
+        tolerance_change=1e-12,
         history_size=20,
         line_search_fn="strong_wolfe",
     )

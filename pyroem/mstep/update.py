@@ -77,7 +77,8 @@ def m_step(
     """New parameters with at least the expected log-joint of ``params``.
 
     Blocks that interact (a shared mean with several variances) are updated in turn until they
-    settle, at most ``sweeps`` times; ``only`` restricts the update to some parameters (for a partial start).
+    settle, at most ``sweeps`` times; ``only`` restricts the update to some parameters (for a
+    partial start).
     """
     chosen = [
         b
