@@ -16,6 +16,7 @@ from pyroem.errors import SettingError
 from pyroem.estep.trace import posterior
 from pyroem.fit import Fit
 from pyroem.gradient import MAP
+from pyroem.loop import Progress
 from pyroem.problem import Problem, pose
 from pyroem.solver import Solver
 from pyroem.starts import starts
@@ -176,9 +177,11 @@ def compare(
         solver.check(problem)
         with isolated(solver.dtype, seed):
             if common is None:
-                common = starts(problem, init, restarts, seed)
+                show = Progress("", any(s.progress for s in chosen.values()))
+                common = starts(problem, init, restarts, seed, show)[:restarts]
+                show.close()
             solver.begin(problem, common[0].params)  # what is made once is not on the clock
-            fits[name] = solver.solve(problem, common)
+            fits[name] = solver.solve(problem, common, restarts)
     ends = {name: fit.log_joint for name, fit in fits.items() if fit.log_joint == fit.log_joint}
     best = max(ends, key=lambda name: ends[name]) if ends else next(iter(fits))
     rows = [_row(name, fit, fits[best]) for name, fit in fits.items()]

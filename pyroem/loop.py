@@ -124,8 +124,8 @@ def iterate(
     params: Params,
     rule: Rule,
     *,
-    progress: bool = False,
-    label: str = "",
+    progress: Progress,
+    interrupted: bool = False,
 ) -> Outcome:
     """Step until the objective changes by at most ``tol`` a row and every parameter by at most
     ``param_tol`` of its size, ``patience`` times in a row; at most ``max_iter`` times.
@@ -139,9 +139,10 @@ def iterate(
     if not _finite(state):
         message = f"the objective at the start is {state.log_joint}"
         return Outcome(state, Status.NON_FINITE, tuple(history), message)
+    if interrupted:
+        return Outcome(state, Status.INTERRUPTED, tuple(history))
     noise = 1e-10 if problem.structure.program.dtype == torch.float64 else 2e-5
     status, message, calm = Status.MAX_ITER, "", 0
-    show = _Progress(label, rule.max_iter) if progress else None
     try:
         for iteration in range(1, rule.max_iter + 1):
             new = solver.step(problem, state)
@@ -160,8 +161,10 @@ def iterate(
             state = new
             if state.log_joint > best.log_joint:
                 best = state
-            if show is not None:
-                show(record, change / problem.rows)
+            progress(
+                f" iteration {iteration}/{rule.max_iter}  log_joint {record.log_joint:.6f}"
+                f"  change/row {change / problem.rows:.2e}  {record.seconds:.1f} s"
+            )
             resolution = _resolution(problem, state, noise)
             settled = abs(change) / problem.rows <= max(rule.tol, resolution)
             level = new.slope <= 10 * (rule.tol + resolution) ** 0.5
@@ -171,8 +174,7 @@ def iterate(
                 break
     except KeyboardInterrupt:
         status = Status.INTERRUPTED
-    if show is not None:
-        show.close()
+    progress.close()
     last = state if state.log_joint >= best.log_joint - noise * abs(best.log_joint) else best
     return Outcome(last, status, tuple(history), message)
 
@@ -209,22 +211,23 @@ def movement(new: Params, old: Params) -> float:
     return max((relative(new[n], old[n]) for n in new), default=0.0)
 
 
-class _Progress:
-    """One line on stderr, rewritten at most ten times a second."""
+class Progress:
+    """One line on stderr, rewritten at most ten times a second; silent where not wanted."""
 
-    def __init__(self, label: str, max_iter: int) -> None:
-        self.label, self.max_iter, self.last = label, max_iter, 0.0
+    def __init__(self, label: str, wanted: bool) -> None:
+        self.label, self.wanted, self.last, self.width = label, wanted, 0.0, 0
 
-    def __call__(self, record: Record, change: float) -> None:
+    def __call__(self, text: str) -> None:
+        """Show ``text``, if the last one is a while ago."""
         now = time.monotonic()
-        if now - self.last > 0.1:
+        if self.wanted and now - self.last > 0.1:
             self.last = now
-            sys.stderr.write(
-                f"\r{self.label} iteration {record.iteration}/{self.max_iter}"
-                f"  log_joint {record.log_joint:.6f}  change/row {change:.2e}"
-                f"  {record.seconds:.1f} s "
-            )
+            line = self.label + text
+            sys.stderr.write("\r" + line.ljust(self.width))
             sys.stderr.flush()
+            self.width = len(line)
 
     def close(self) -> None:
-        sys.stderr.write("\n")
+        """End the line, if one was written."""
+        if self.width:
+            sys.stderr.write("\n")

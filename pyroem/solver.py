@@ -13,7 +13,7 @@ from pyroem._pyro import isolated
 from pyroem.diagnose import collapsed, dead
 from pyroem.errors import ModelError, SettingError
 from pyroem.fit import Fit
-from pyroem.loop import Outcome, Restart, Rule, State, Status, iterate
+from pyroem.loop import Outcome, Progress, Restart, Rule, State, Status, iterate
 from pyroem.problem import Problem, pose
 from pyroem.starts import Start, starts
 from pyroem.structure import Params
@@ -148,14 +148,22 @@ class Solver:
             weights=weights,
         )
         self.check(problem)
+        show = Progress(f"{self.name}: ", self.progress)
         with isolated(self.dtype, seed):
-            return self.solve(problem, starts(problem, init, restarts, seed))
+            chosen = starts(problem, init, restarts, seed, show)
+            show.close()
+            return self.solve(problem, chosen, restarts)
 
-    def solve(self, problem: Problem, chosen: list[Start]) -> Fit:
-        """Run from every start; the best healthy run becomes the fit."""
+    def solve(self, problem: Problem, chosen: list[Start], count: int = 1) -> Fit:
+        """Run from the first ``count`` starts, and from the others while no run is healthy.
+
+        The best healthy run becomes the fit.
+        """
         runs: list[Outcome] = []
         for i, start in enumerate(chosen):
-            label = self.name if len(chosen) == 1 else f"{self.name} {i + 1}/{len(chosen)}"
+            if i >= count and any(_rank(run)[1] for run in runs):
+                break
+            label = self.name if len(chosen) == 1 else f"{self.name} start {i + 1}"
             runs.append(self._run(problem, start, label))
             if runs[-1].status is Status.INTERRUPTED:
                 break
@@ -168,8 +176,8 @@ class Solver:
             self,
             start.params,
             self.rule,
-            progress=self.progress,
-            label=label,
+            progress=Progress(label, self.progress),
+            interrupted=start.interrupted,
         )
         return _judge(problem, start, outcome)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from pyroem.symmetry import StateGroup, coinciding
 METHODS = ("auto", "kmeans", "random", "prior", "model")
 HANDFUL = 10  # rows that seed a state of a random start
 LAPS = ((4, 0.5), (10, 0.5), (100, 1.0))  # EM iterations of a race, and the share that goes on
+RESERVE = 3  # finalists that are run when the chosen starts end in a collapse
 CALM = 1e-6  # change of the objective per row at which a run of the race has settled
 CERTAINTY = 0.95  # what a k-means label weighs against the other states
 
@@ -32,13 +33,22 @@ class Start:
 
     params: Params
     how: str
+    interrupted: bool = False
 
 
 Evidence = dict[str, Tensor]  # assignment -> probabilities, plates then states
 
 
-def starts(problem: Problem, init: Any, count: int, seed: int) -> list[Start]:
-    """``count`` starting points.
+def starts(
+    problem: Problem,
+    init: Any,
+    count: int,
+    seed: int,
+    report: Callable[[str], None] = lambda text: None,
+) -> list[Start]:
+    """``count`` starting points; after them, of a search, some in reserve for when those fail.
+
+    ``report`` is told how the search goes. An interrupt ends it with the best guess so far.
 
     Raises:
     ------
@@ -63,7 +73,7 @@ def starts(problem: Problem, init: Any, count: int, seed: int) -> list[Start]:
             return [Start(_drawn(problem, seed + i), how) for i in range(count)]
         return [Start(_drawn(problem, seed + i), "the program's own values") for i in range(count)]
     if init == "auto":
-        return _auto(problem, program, count, seed)
+        return _auto(problem, program, count, seed, report)
     pooled = from_evidence(problem, program, {}, None)
     return [guessed(problem, pooled, init, seed + i) for i in range(count)]
 
@@ -149,7 +159,9 @@ def _around(problem: Problem, params: Params, rest: frozenset[str]) -> Params:
     return problem.m_step(pooled, expected, rest)
 
 
-def _auto(problem: Problem, program: Params, count: int, seed: int) -> list[Start]:
+def _auto(
+    problem: Problem, program: Params, count: int, seed: int, report: Callable[[str], None]
+) -> list[Start]:
     """The program's own values where they tell the states apart; else the best of many guesses."""
     structure = problem.structure
     explicit = {n: v for n, v in program.items() if not structure.parameters[n].random}
@@ -163,28 +175,68 @@ def _auto(problem: Problem, program: Params, count: int, seed: int) -> list[Star
         chosen = [Start(problem.clip(_around(problem, program, rest)), how)]
     if len(chosen) == count:
         return chosen
-    factors = problem.plan.reading.traces[0].factors.values()
-    work = sum(f.tensor.numel() + 1000 for f in factors)  # a site costs something by itself
-    tries = 12 if work <= 20_000 else 6 if work <= 500_000 else 3
+    return chosen + _race(problem, program, count - len(chosen), seed, report)
+
+
+def _race(
+    problem: Problem, program: Params, count: int, seed: int, report: Callable[[str], None]
+) -> list[Start]:
+    """Short EM runs from many guesses; the ``count`` best, and some in reserve.
+
+    k-means and random guesses race apart: random ones climb fast, and often into a collapse.
+    """
+    tries = _tries(problem)
     pooled = from_evidence(problem, program, {}, None)
-    fields = []  # the two kinds race apart: random starts climb fast, and often into a collapse
-    for method, many in (("kmeans", max(tries, count)), ("random", tries)):
-        guesses = [guessed(problem, pooled, method, 100 * seed + i) for i in range(many)]
-        fields.append([_Race(problem, guess) for guess in guesses])
-    how = f"best of {sum(map(len, fields))} guesses after short EM runs: "
-    for length, share in LAPS:
-        for i, field in enumerate(fields):
-            for run in field:
-                run.advance(length)
-            field.sort(key=lambda run: run.promise, reverse=True)
-            fields[i] = field[: max(count, 1, round(share * len(field)))]
+    fields: list[list[_Run]] = [[], []]
+    try:
+        for field, method, many in zip(
+            fields, ("kmeans", "random"), (max(tries, count), tries), strict=True
+        ):
+            for i in range(many):
+                report(f"a {method} guess, {i + 1} of {many}")
+                field.append(_Run(problem, guessed(problem, pooled, method, 100 * seed + i)))
+        guesses = sum(map(len, fields))
+        for length, share in LAPS:
+            for i, field in enumerate(fields):
+                for run in field:
+                    report(f"{sum(map(len, fields))} of {guesses} guesses in the race")
+                    run.advance(length)
+                keep = max(count, 1, round(share * len(field)))
+                fields[i] = _distinct(field, problem.rows, count)[:keep]
+    except KeyboardInterrupt:
+        runs = [run for field in fields for run in field]
+        if not runs:
+            raise
+        best = max(runs, key=lambda run: run.promise)
+        how = f"{best.start.how}; interrupted after a short EM run"
+        return [Start(problem.clip(best.params), how, interrupted=True)]
+    how = f"best of {guesses} guesses after short EM runs: "
     runs = sorted((r for field in fields for r in field), key=lambda r: r.promise, reverse=True)
-    chosen += [Start(run.start.params, how + run.start.how) for run in runs]
-    return chosen[:count]
+    return [Start(run.start.params, how + run.start.how) for run in runs[: count + RESERVE]]
 
 
-class _Race:
-    """An EM run from a guess, in laps."""
+def _tries(problem: Problem) -> int:
+    """How many guesses of each kind the problem's size allows."""
+    plan = problem.plan
+    factors = plan.reading.traces[0].factors.values()
+    work = sum(f.tensor.numel() + 1000 for f in factors)  # a site costs something by itself
+    if plan.on(Rung.ON_STATISTICS) or plan.on(Rung.GRADIENT):
+        work *= 10
+    return 12 if work <= 20_000 else 6 if work <= 500_000 else 3
+
+
+def _distinct(runs: list[_Run], rows: float, least: int) -> list[_Run]:
+    """The best first; runs that have met (up to the states' names) come last or go."""
+    ranked = sorted(runs, key=lambda run: run.promise, reverse=True)
+    first, again = ranked[:1], list[_Run]()
+    for run in ranked[1:]:
+        same = abs(first[-1].promise[1] - run.promise[1]) <= 1e-9 * rows
+        (again if same else first).append(run)
+    return first + again[: max(0, least - len(first))]
+
+
+class _Run:
+    """A short EM run from a guess, in laps."""
 
     def __init__(self, problem: Problem, start: Start) -> None:
         self.problem, self.start, self.params = problem, start, start.params

@@ -467,6 +467,45 @@ def test_interrupted() -> None:
     assert fit.log_joint == pytest.approx(fit.history[-1].log_joint)
 
 
+def test_interrupted_search_for_a_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = 0
+    inner = pyroem.problem.Problem.e_step
+
+    def impatient(self: Any, params: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 20:
+            raise KeyboardInterrupt
+        return inner(self, params)
+
+    monkeypatch.setattr(pyroem.problem.Problem, "e_step", impatient)
+    x = BY_NAME["gaussian_mixture"].data[0]
+    fit = EM().fit(random_locations, x)
+    assert fit.status is Status.INTERRUPTED and fit.n_iter == 0
+    assert "interrupted" in fit.start and math.isfinite(fit.log_joint)
+
+
+def random_locations(x: Tensor) -> None:
+    weights = pyro.param("weights", x.new_ones(2) / 2, constraint=constraints.simplex)
+    loc = pyro.param("loc", lambda: torch.randn(2, dtype=x.dtype))
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("x", dist.Normal(loc[z], 1.0), obs=x)
+
+
+def test_a_collapse_calls_the_reserve(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = BY_NAME["gaussian_mixture"]
+    verdicts = iter([Status.DEGENERATE, Status.DEGENERATE, Status.CONVERGED])
+
+    def judge(problem: Any, start: Any, outcome: Any) -> Any:
+        return replace(outcome, status=next(verdicts))
+
+    monkeypatch.setattr(pyroem.solver, "_judge", judge)
+    fit = EM(max_iter=3).fit(random_locations, *problem.data)
+    assert [r.status for r in fit.restarts] == [*[Status.DEGENERATE] * 2, Status.CONVERGED]
+    assert fit.converged
+
+
 def test_progress_is_shown_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     problem = BY_NAME["gaussian_mixture"]
     EM(max_iter=3, progress=True).fit(problem.model, *problem.data, init=problem.params)

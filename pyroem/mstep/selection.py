@@ -36,6 +36,12 @@ class Selection:
         bank = self.coordinate.inverse(torch.cat([*blocks, self.constants]))
         return bank[self.index]
 
+    def holds(self, params: Mapping[str, Tensor], argument: Tensor) -> bool:
+        """Whether it explains ``argument`` at ``params``, a point that it was not made from."""
+        expected = self.argument(params)
+        gap, size = (expected - argument).abs(), argument.abs().amax()
+        return bool((gap <= _tolerance(argument) * size).all())
+
     def cells_of(self, name: str) -> Tensor:
         """For each cell the block of parameter ``name`` that stands there, or -1."""
         local = self.index - self.offsets[name]
@@ -109,5 +115,8 @@ def _equal(cells: Tensor, blocks: Tensor, index: Tensor) -> Tensor:
     candidate = blocks[index.clamp(min=0)]
     gap = (cells - candidate).abs().reshape(len(cells), -1).amax(1)
     size = candidate.abs().reshape(len(cells), -1).amax(1)
-    tolerance = TOLERANCE if cells.dtype == torch.float64 else 1e-4
-    return (index >= 0) & (gap <= tolerance * size)
+    return (index >= 0) & (gap <= _tolerance(cells) * size)
+
+
+def _tolerance(x: Tensor) -> float:
+    return TOLERANCE if x.dtype == torch.float64 else 1e-4

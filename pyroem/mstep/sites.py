@@ -1,7 +1,8 @@
 """What the M-step knows of each site: its family, its arguments and how they hang on parameters.
 
-All of it is read by probing: the program is run at two random points of the parameter space and
-once for each parameter moved alone, and the distributions' arguments are compared.
+All of it is read by probing: the program is run at two random points of the parameter space, at a
+third far from them, and once for each parameter moved alone; the distributions' arguments are
+compared.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyroem._pyro import Enumerated, isolated, unwrap
-from pyroem.errors import ModelError
+from pyroem.errors import ModelError, PyroemError
 from pyroem.families import Arguments, Family, family_of
 from pyroem.mstep.selection import Selection, find
 from pyroem.statistics import SiteStatistics, weighted_sum
@@ -127,6 +128,23 @@ def probe(structure: Structure, seed: int) -> Params:
     return point
 
 
+def _opposite(structure: Structure, point: Params) -> Params:
+    """A point on the other side of zero, where ``abs``, ``clamp`` and ``relu`` show themselves."""
+    opposite = {}
+    for name, parameter in structure.parameters.items():
+        raw = parameter.unconstrain(point[name])
+        opposite[name] = parameter.constrain(-raw - 0.5 * raw.sign())
+    return opposite
+
+
+def _try_far(structure: Structure, far: Params) -> Enumerated | None:
+    """The program there, if it can run there: it may have demands that no constraint states."""
+    try:
+        return structure.enumerate(far)
+    except (PyroemError, ArithmeticError, ValueError, RuntimeError):
+        return None
+
+
 def _varying(a: Tensor, event_dim: int, rank: int) -> frozenset[int]:
     a = pad(a.detach(), rank, event_dim)
     found = set()
@@ -164,16 +182,22 @@ def read_sites(structure: Structure) -> Reading:
             name: structure.enumerate({**points[0], name: points[1][name]})
             for name in structure.parameters
         }
+        far = _opposite(structure, points[0])
+        for name in structure.parameters:
+            if not any(_moves(traces[0], moved[name], site) for site in traces[0].factors):
+                other = _try_far(structure, {**points[0], name: far[name]})
+                moved[name] = moved[name] if other is None else other
+        distant = _try_far(structure, far)
         dependence = {
-            site: frozenset(
-                name for name in moved if not _same(factor.tensor, moved[name].factors[site].tensor)
-            )
-            for site, factor in traces[0].factors.items()
+            site: frozenset(name for name in moved if _moves(traces[0], moved[name], site))
+            for site in traces[0].factors
         }
         prior_dependence = _prior_dependence(structure, traces[0], moved)
         sites = {}
         for name in structure.factor_sites:
             site = _read_site(structure, name, points, traces, moved)
+            if site is not None and distant is not None:
+                site = _confirmed(site, far, distant)
             if site is not None:
                 sites[name] = site
         sites = {n: sites[n] for n in traces[0].factors if n in sites}  # program order
@@ -185,6 +209,10 @@ def read_sites(structure: Structure) -> Reading:
             for name, trace in moved.items()
         }
     return Reading(sites, dependence, prior_dependence, (traces[0], traces[1]), points, changes)
+
+
+def _moves(a: Enumerated, b: Enumerated, site: str) -> bool:
+    return not _same(a.factors[site].tensor, b.factors[site].tensor)
 
 
 def _location_change(site: SiteModel, a: Enumerated, b: Enumerated) -> float:
@@ -266,6 +294,19 @@ def _read_site(
     site = replace(site, sufficient=statistics, centre=centre)
     _check_family(site, base, traces, name)
     return site
+
+
+def _confirmed(site: SiteModel, point: Params, trace: Enumerated) -> SiteModel:
+    """Drop the selections that do not hold at ``point``."""
+    base, _, _ = unwrap(trace.trace.nodes[site.name]["fn"])
+    values = site.family.arguments(base)
+    arguments = {}
+    for key, argument in site.arguments.items():
+        actual = narrow(values[key], argument.event_dim, len(site.shape), argument.varies)
+        if argument.selection is not None and not argument.selection.holds(point, actual):
+            argument = replace(argument, selection=None)
+        arguments[key] = argument
+    return replace(site, arguments=arguments)
 
 
 def _check_family(site: SiteModel, base: Any, traces: tuple[Enumerated, ...], name: str) -> None:

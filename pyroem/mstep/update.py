@@ -138,6 +138,8 @@ def closed_update(
         value = coordinate.clip(value, floor[block.name])
     if "scalar" in form.domain:
         value = _inside(value, block.lower, block.upper)
+        if plan.structure.parameters[block.name].has_prior:
+            value = _below(value, run.prior(block.name))
     return value.reshape(batch + old.shape[len(batch) :])
 
 
@@ -159,6 +161,14 @@ def _inside(x: Tensor, lower: float, upper: float) -> Tensor:
     low = lower + width * max(1.0, abs(lower)) if lower > -torch.inf else None
     high = upper - width * max(1.0, abs(upper)) if upper < torch.inf else None
     return x if low is None and high is None else x.clamp(low, high)
+
+
+def _below(x: Tensor, prior: Any) -> Tensor:
+    """Off the upper bound of a Uniform prior, which gives it no density."""
+    base, _, _ = unwrap(prior["fn"])
+    if type(base) is not dist.Uniform:
+        return x
+    return torch.minimum(x, torch.nextafter(base.high.to(x), base.low.to(x)))
 
 
 def pooled(block: Block, run: _Run, expected: Expected) -> tuple[Tensor, ...]:
