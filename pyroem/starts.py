@@ -9,22 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyroem._pyro import align, isolated
-from pyroem.clustering import cluster_means, features, kmeans, rows_shape
+from pyroem._pyro import isolated
 from pyroem.diagnose import collapsed
 from pyroem.errors import SettingError
-from pyroem.estep.trace import collect, factor_weights
+from pyroem.guesses import from_evidence, guessed
 from pyroem.mstep.plan import Rung
 from pyroem.problem import Problem
 from pyroem.structure import Params, check_names
-from pyroem.symmetry import StateGroup, coinciding
+from pyroem.symmetry import coinciding
 
 METHODS = ("auto", "kmeans", "random", "prior", "model")
-HANDFUL = 10  # rows that seed a state of a random start
 LAPS = ((4, 0.5), (10, 0.5), (100, 1.0))  # EM iterations of a race, and the share that goes on
 RESERVE = 3  # finalists that are run when the chosen starts end in a collapse
 CALM = 1e-6  # change of the objective per row at which a run of the race has settled
-CERTAINTY = 0.95  # what a k-means label weighs against the other states
 
 
 @dataclass(frozen=True)
@@ -34,9 +31,6 @@ class Start:
     params: Params
     how: str
     interrupted: bool = False
-
-
-Evidence = dict[str, Tensor]  # assignment -> probabilities, plates then states
 
 
 def starts(
@@ -75,7 +69,19 @@ def starts(
     if init == "auto":
         return _auto(problem, program, count, seed, report)
     pooled = from_evidence(problem, program, {}, None)
-    return [guessed(problem, pooled, init, seed + i) for i in range(count)]
+    return [_guess(problem, pooled, init, seed + i) for i in range(count)]
+
+
+def _guess(
+    problem: Problem,
+    pooled: Params,
+    method: str,
+    seed: int,
+    only: frozenset[str] | None = None,
+) -> Start:
+    how = "k-means assignments" if method == "kmeans" else "random assignments"
+    params = guessed(problem, pooled, method, seed, only)
+    return Start(params, f"{how} (seed {seed}) and one M-step")
 
 
 def _refuse(what: str, count: int) -> list[Start]:
@@ -132,7 +138,7 @@ def _given(problem: Problem, given: Mapping[str, Any], seed: int) -> Start:
             _around(problem, program, rest), "the values given, the rest found around them"
         )
     pooled = from_evidence(problem, program, {}, None, rest)
-    start = guessed(problem, pooled, "kmeans", seed, rest)
+    start = _guess(problem, pooled, "kmeans", seed, rest)
     return Start(start.params, f"the values given, the rest from {start.how}")
 
 
@@ -194,7 +200,7 @@ def _race(
         ):
             for i in range(many):
                 report(f"a {method} guess, {i + 1} of {many}")
-                field.append(_Run(problem, guessed(problem, pooled, method, 100 * seed + i)))
+                field.append(_Run(problem, _guess(problem, pooled, method, 100 * seed + i)))
         guesses = sum(map(len, fields))
         for length, share in LAPS:
             for i, field in enumerate(fields):
@@ -255,99 +261,3 @@ class _Run:
             self.params = problem.m_step(self.params, expected, sweeps=1)
         if collapsed(problem, self.params, 100.0):
             self.promise = (False, self.promise[1])
-
-
-def guessed(
-    problem: Problem,
-    pooled: Params,
-    method: str,
-    seed: int,
-    only: frozenset[str] | None = None,
-) -> Start:
-    """Guess the assignments (``"kmeans"`` or ``"random"``) and make one M-step from ``pooled``.
-
-    ``"random"`` seeds each state with a handful of rows drawn at random; the other rows are spread
-    evenly and weigh less, so that the states do not all start at the pooled estimate.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    trace = problem.plan.reading.traces[0]
-    evidence: Evidence = {}
-    importance: Tensor | None = None
-    taken: dict[int, list[Tensor]] = {}
-    for group in problem.groups:
-        rows = features(problem, trace, group) if method == "kmeans" else None
-        if rows is None:
-            importance = _random(problem, group, evidence, generator, importance)
-            continue
-        for used in taken.get(len(rows), []):  # what another assignment explains already
-            rows = rows - cluster_means(rows, used)
-        labels = kmeans(rows, group.num_states, generator)
-        taken.setdefault(len(rows), []).append(labels)
-        other = (1 - CERTAINTY) / max(group.num_states - 1, 1)
-        soft = torch.full((len(labels), group.num_states), other, dtype=rows.dtype)
-        soft.scatter_(1, labels.unsqueeze(1), CERTAINTY if group.num_states > 1 else 1.0)
-        at = 0
-        for z in group.assignments:
-            shape = rows_shape(problem, z)
-            size = int(torch.Size(shape).numel())
-            evidence[z] = soft[at : at + size].reshape((*shape, group.num_states))
-            at += size
-    params = from_evidence(problem, pooled, evidence, importance, only)
-    how = "k-means assignments" if method == "kmeans" else "random assignments"
-    return Start(problem.clip(params), f"{how} (seed {seed}) and one M-step")
-
-
-def from_evidence(
-    problem: Problem,
-    params: Params,
-    evidence: Evidence,
-    importance: Tensor | None,
-    only: frozenset[str] | None = None,
-) -> Params:
-    """One M-step with the assignments' probabilities given (uniform where absent)."""
-    structure, trace = problem.structure, problem.plan.reading.traces[0]
-    tensors = {name: torch.zeros_like(f.tensor) for name, f in trace.factors.items()}
-    for z, probabilities in evidence.items():
-        dims = trace.factors[z].dims
-        own = "".join(trace.plates[p] for p in structure.plates[z]) + trace.states[z]
-        kept = "".join(d for d in own if d in dims)
-        packed = probabilities.reshape(
-            [n for n, d in zip(probabilities.shape, own, strict=True) if d in dims]
-        )
-        tensors[z] = tensors[z] + align(packed.log(), kept, dims)
-    weights = problem.row_weights
-    if importance is not None:
-        weights = importance if weights is None else weights * importance
-    value, found = factor_weights(trace, tensors, row_weights=weights, unit=structure.unit)
-    return problem.m_step(params, collect(problem.plan, trace, value, found), only)
-
-
-def _random(
-    problem: Problem,
-    group: StateGroup,
-    evidence: Evidence,
-    generator: torch.Generator,
-    importance: Tensor | None,
-) -> Tensor | None:
-    """Seed each state with a handful of rows; the rest is spread evenly and weighs less."""
-    dtype, k = problem.structure.program.dtype, group.num_states
-    for z in group.assignments:
-        shape = rows_shape(problem, z)
-        rows = int(torch.Size(shape).numel())
-        per_state = min(HANDFUL, rows // k)
-        if per_state < 2 or len(group.assignments) > 1:
-            concentration = torch.full((rows, k), 0.5, dtype=torch.float64)
-            draws = torch._standard_gamma(concentration, generator=generator)
-            draws = draws.clamp(min=1e-6)
-            evidence[z] = (draws / draws.sum(-1, keepdim=True)).to(dtype).reshape((*shape, k))
-            continue
-        chosen = torch.randperm(rows, generator=generator)[: per_state * k]
-        soft = torch.full((rows, k), 1 / k, dtype=dtype)
-        soft[chosen] = torch.eye(k, dtype=dtype).repeat(per_state, 1)
-        evidence[z] = soft.reshape((*shape, k))
-        if problem.structure.plates[z] == problem.structure.unit and importance is None:
-            light = 0.3 * len(chosen) / max(rows - len(chosen), 1)
-            importance = torch.full((rows,), min(light, 1.0), dtype=dtype)
-            importance[chosen] = 1.0
-            importance = importance.reshape(shape)
-    return importance

@@ -1,0 +1,112 @@
+"""Guessing the assignments, and one M-step from the guess."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyroem._pyro import align
+from pyroem.clustering import cluster_means, features, kmeans, rows_shape
+from pyroem.estep.trace import collect, factor_weights
+from pyroem.problem import Problem
+from pyroem.structure import Params
+from pyroem.symmetry import StateGroup
+
+HANDFUL = 10  # rows that seed a state of a random start
+CERTAINTY = 0.95  # what a k-means label weighs against the other states
+
+Evidence = dict[str, Tensor]  # assignment -> probabilities, plates then states
+
+
+def guessed(
+    problem: Problem,
+    pooled: Params,
+    method: str,
+    seed: int,
+    only: frozenset[str] | None = None,
+) -> Params:
+    """Guess the assignments (``"kmeans"`` or ``"random"``) and make one M-step from ``pooled``.
+
+    ``"random"`` seeds each state with a handful of rows drawn at random; the other rows are spread
+    evenly and weigh less, so that the states do not all start at the pooled estimate.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    trace = problem.plan.reading.traces[0]
+    evidence: Evidence = {}
+    importance: Tensor | None = None
+    taken: dict[int, list[Tensor]] = {}
+    for group in problem.groups:
+        rows = features(problem, trace, group) if method == "kmeans" else None
+        if rows is None:
+            importance = _random(problem, group, evidence, generator, importance)
+            continue
+        for used in taken.get(len(rows), []):  # what another assignment explains already
+            rows = rows - cluster_means(rows, used)
+        labels = kmeans(rows, group.num_states, generator)
+        taken.setdefault(len(rows), []).append(labels)
+        other = (1 - CERTAINTY) / max(group.num_states - 1, 1)
+        soft = torch.full((len(labels), group.num_states), other, dtype=rows.dtype)
+        soft.scatter_(1, labels.unsqueeze(1), CERTAINTY if group.num_states > 1 else 1.0)
+        at = 0
+        for z in group.assignments:
+            shape = rows_shape(problem, z)
+            size = int(torch.Size(shape).numel())
+            evidence[z] = soft[at : at + size].reshape((*shape, group.num_states))
+            at += size
+    return problem.clip(from_evidence(problem, pooled, evidence, importance, only))
+
+
+def from_evidence(
+    problem: Problem,
+    params: Params,
+    evidence: Evidence,
+    importance: Tensor | None,
+    only: frozenset[str] | None = None,
+) -> Params:
+    """One M-step with the assignments' probabilities given (uniform where absent)."""
+    structure, trace = problem.structure, problem.plan.reading.traces[0]
+    tensors = {name: torch.zeros_like(f.tensor) for name, f in trace.factors.items()}
+    for z, probabilities in evidence.items():
+        dims = trace.factors[z].dims
+        own = "".join(trace.plates[p] for p in structure.plates[z]) + trace.states[z]
+        kept = "".join(d for d in own if d in dims)
+        packed = probabilities.reshape(
+            [n for n, d in zip(probabilities.shape, own, strict=True) if d in dims]
+        )
+        tensors[z] = tensors[z] + align(packed.log(), kept, dims)
+    weights = problem.row_weights
+    if importance is not None:
+        weights = importance if weights is None else weights * importance
+    value, found = factor_weights(trace, tensors, row_weights=weights, unit=structure.unit)
+    return problem.m_step(params, collect(problem.plan, trace, value, found), only)
+
+
+def _random(
+    problem: Problem,
+    group: StateGroup,
+    evidence: Evidence,
+    generator: torch.Generator,
+    importance: Tensor | None,
+) -> Tensor | None:
+    """Seed each state with a handful of rows; the rest is spread evenly and weighs less."""
+    dtype, k = problem.structure.program.dtype, group.num_states
+    for z in group.assignments:
+        shape = rows_shape(problem, z)
+        rows = int(torch.Size(shape).numel())
+        per_state = min(HANDFUL, rows // k)
+        if per_state < 2 or len(group.assignments) > 1:
+            concentration = torch.full((rows, k), 0.5, dtype=torch.float64)
+            draws = torch._standard_gamma(concentration, generator=generator)
+            draws = draws.clamp(min=1e-6)
+            evidence[z] = (draws / draws.sum(-1, keepdim=True)).to(dtype).reshape((*shape, k))
+            continue
+        chosen = torch.randperm(rows, generator=generator)[: per_state * k]
+        soft = torch.full((rows, k), 1 / k, dtype=dtype)
+        soft[chosen] = torch.eye(k, dtype=dtype).repeat(per_state, 1)
+        evidence[z] = soft.reshape((*shape, k))
+        if problem.structure.plates[z] == problem.structure.unit and importance is None:
+            light = 0.3 * len(chosen) / max(rows - len(chosen), 1)
+            importance = torch.full((rows,), min(light, 1.0), dtype=dtype)
+            importance[chosen] = 1.0
+            importance = importance.reshape(shape)
+    return importance
