@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyroem._pyro import isolated
+from pyroem._pyro import as_data, isolated
 from pyroem.errors import SettingError
 from pyroem.estep.trace import Posterior, posterior
 from pyroem.mstep.update import expected_sum
@@ -22,7 +23,10 @@ Model = Callable[..., Any]
 def _read(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: Any) -> Structure:
     """Read the program outside any transform of ``torch.func``: those are per thread."""
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(read, model, args, kwargs, dtype=dtype).result()
+        structure = pool.submit(read, model, args, kwargs, dtype=dtype).result()
+    # The data itself may be what is differentiated: it has to come from this thread.
+    own = replace(structure.program, args=as_data(args, dtype), kwargs=as_data(kwargs, dtype))
+    return replace(structure, program=own)
 
 
 def log_joint(
@@ -72,6 +76,10 @@ def expected_log_joint(
     ``expected`` is the posterior at the old parameters, from :func:`e_step`. At ``params = old``
     the gradient of Q is that of :func:`log_joint` (Fisher's identity).
     """
+    if not isinstance(expected, Posterior):
+        raise SettingError(
+            f"expected: a Posterior from pyroem.e_step is needed, got {type(expected).__name__}."
+        )
     structure = _read(model, args, kwargs, dtype)
     values = structure.values(params)
     with isolated(dtype):

@@ -26,13 +26,13 @@ TABLE = (
     "solver",
     "log-likelihood",
     "gap to best",
-    "parameters differ by",
+    "rel param diff",
     "iterations",
     "passes",
     "seconds",
     "status",
 )
-BAD_INPUT = 2
+BAD_INPUT, INTERRUPTED = 2, 130
 
 
 class UsageError(Exception):
@@ -50,13 +50,19 @@ class Data:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status: 0, or 2 when the request is at fault."""
+    """Run the command line; return the exit status.
+
+    0 for success, 2 when the request is at fault, 130 when interrupted before there was a fit.
+    """
     try:
         options = _parser().parse_args(argv)
         options.run(options)
     except (UsageError, PyroemError, OSError) as error:
         print(f"pyroem: error: {_one_line(error)}", file=sys.stderr)
         return BAD_INPUT
+    except KeyboardInterrupt:
+        print("pyroem: interrupted before there was a fit", file=sys.stderr)
+        return INTERRUPTED
     return 0
 
 
@@ -81,8 +87,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare.set_defaults(run=_compare)
     add = compare.add_argument
-    add("data", metavar="DATA", help="a CSV file, or the name of a data set (pyroem datasets)")
-    add("--components", type=_positive_int, required=True, metavar="K")
+    add(
+        "data",
+        metavar="DATA",
+        help="a CSV file with column names in its first line (comma, semicolon or tab between the"
+        " cells), or the name of a data set (pyroem datasets)",
+    )
+    add("--components", type=_positive_int, required=True, metavar="K", help="how many")
     add(
         "--columns",
         type=_list,
@@ -90,11 +101,33 @@ def _parser() -> argparse.ArgumentParser:
         help="columns by name, or by position from 1 (default: all numeric columns)",
     )
     add("--covariance", choices=get_args(Covariance), default="full", help="default: full")
-    add("--solvers", type=_solvers, default=list(SOLVERS), metavar="em,adam,lbfgs")
-    add("--seed", type=int, default=0, help="of the starting point (default: 0)")
-    add("--restarts", type=_positive_int, default=1, metavar="R", help="default: 1")
-    add("--max-iter", type=_positive_int, metavar="N", help="for every solver")
-    add("--tol", type=_positive_float, metavar="T", help="for every solver")
+    add(
+        "--solvers",
+        type=_solvers,
+        default=list(SOLVERS),
+        metavar="em,adam,lbfgs",
+        help="which to compare (default: all)",
+    )
+    add("--seed", type=_whole, default=0, help="of the starting point (default: 0)")
+    add(
+        "--restarts",
+        type=_positive_int,
+        default=1,
+        metavar="R",
+        help="starting points; the best fit of each solver counts (default: 1)",
+    )
+    add(
+        "--max-iter",
+        type=_positive_int,
+        metavar="N",
+        help="most iterations of every solver (default: EM 1000, gradient solvers 5000)",
+    )
+    add(
+        "--tol",
+        type=_positive_float,
+        metavar="T",
+        help="stop when the objective changes by less, in nats a row (default: 1e-8)",
+    )
     picture = compare.add_mutually_exclusive_group()
     picture.add_argument(
         "--output", type=Path, metavar="FILE", help="the picture (default: pyroem-DATA.png)"
@@ -143,7 +176,13 @@ def _compare(options: argparse.Namespace) -> None:
     fit = compared.fits[best]
     weights, means, covariances = plot.mixture_moments(fit.params)
     sds = covariances.diagonal(dim1=-2, dim2=-1).sqrt()
-    print(f"\nThe best fit is that of {best}: BIC {fit.bic():.4f}.")
+    for name, ended in compared.fits.items():
+        if ended.message:
+            print(f"{name}: {ended.status}: {ended.message}")
+    healthy = (
+        "The best fit" if fit.converged else f"The best fit, which did not end well ({fit.status}),"
+    )
+    print(f"\n{healthy} is that of {best}: BIC {fit.bic():.4f}.")
     _print_parameters(data.columns, weights, means, sds)
     if options.explain:
         _explain(compared.fits)
@@ -179,7 +218,8 @@ def _load(source: str, columns: list[str] | None) -> Data:
 
 def _make_solvers(options: argparse.Namespace) -> dict[str, Any]:
     given = {"max_iter": options.max_iter, "tol": options.tol}
-    settings = {name: value for name, value in given.items() if value is not None}
+    settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    settings["progress"] = sys.stderr.isatty()
     makers = {
         "em": lambda: pyroem.EM(**settings),
         "adam": lambda: pyroem.MAP(optimizer="adam", **settings),
@@ -219,11 +259,14 @@ def _cells(row: Any) -> list[str]:
 
 
 def _print_parameters(columns: Sequence[str], weights: Tensor, means: Tensor, sds: Tensor) -> None:
+    """One column a component; where they are many, one row."""
     header = ["", *(f"component {k}" for k in range(1, len(weights) + 1))]
     rows = [["weight", *(f"{weight:.4f}" for weight in weights.tolist())]]
     for column, mean, sd in zip(columns, means.T.tolist(), sds.T.tolist(), strict=True):
         rows.append([f"{column}, mean", *(f"{value:.6g}" for value in mean)])
         rows.append([f"{column}, sd", *(f"{value:.6g}" for value in sd)])
+    if len(weights) > 8:
+        header, *rows = map(list, zip(header, *rows, strict=True))
     _print_table(header, rows)
 
 
@@ -290,6 +333,12 @@ def _solvers(text: str) -> list[str]:
 def _positive_int(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1; got {text!r}")
+    return int(text)
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number; got {text!r}")
     return int(text)
 
 

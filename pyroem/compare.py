@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from scipy.optimize import linear_sum_assignment
+from torch import Tensor
 
 from pyroem._pyro import isolated
 from pyroem.em import EM
@@ -16,7 +19,7 @@ from pyroem.errors import SettingError
 from pyroem.estep.trace import posterior
 from pyroem.fit import Fit
 from pyroem.gradient import MAP
-from pyroem.loop import Progress
+from pyroem.loop import Progress, Status
 from pyroem.problem import Problem, pose
 from pyroem.solver import Solver
 from pyroem.starts import starts
@@ -28,8 +31,9 @@ from pyroem.symmetry import permute
 class Row:
     """One solver's line in the table.
 
-    ``gap`` is the best objective of the table less this one; ``parameter_difference`` the largest
-    absolute difference of any parameter's element to the best fit, states matched.
+    ``gap`` is the best fit's objective less this one; ``parameter_difference`` the largest
+    difference of any parameter's element to the best fit, states matched, as a fraction of that
+    parameter's largest element.
     """
 
     name: str
@@ -46,7 +50,17 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """The fits of several solvers from one start, and their table."""
+    """The fits of several solvers from one start, and their table.
+
+    Attributes:
+    ----------
+    rows
+        One :class:`Row` a solver.
+    fits
+        Every solver's :class:`~pyroem.fit.Fit`, by name.
+    best
+        The name of the fit with the highest objective; a collapsed one only if all are.
+    """
 
     rows: list[Row]
     fits: dict[str, Fit]
@@ -80,7 +94,7 @@ class Comparison:
                 "passes",
                 "seconds",
                 "status",
-                "max param diff",
+                "rel param diff",
             ]
         ]
         for r in self.rows:
@@ -142,13 +156,18 @@ def compare(
     """Fit one program with several solvers, each from the same start (or starts).
 
     Every fit is judged on the same ``log_joint``. Seconds and passes are those of the iterations
-    from the start on; reading the program and finding the start are shared and not counted.
+    from the start on; reading the program and finding the start are shared and not counted. An
+    interrupt (Ctrl-C) ends the comparison with the fits so far.
 
     Raises:
     ------
     SettingError
         Where ``solvers`` is not a mapping of names to solvers; else as ``Solver.fit``.
     """
+    if solvers is not None and not isinstance(solvers, Mapping):
+        raise SettingError(
+            f"solvers: expected a dict of names to solvers, got {type(solvers).__name__}."
+        )
     chosen = dict(default_solvers() if solvers is None else solvers)
     if not chosen:
         raise SettingError("solvers: expected at least one solver, got none.")
@@ -178,14 +197,22 @@ def compare(
         with isolated(solver.dtype, seed):
             if common is None:
                 show = Progress("", any(s.progress for s in chosen.values()))
-                common = starts(problem, init, restarts, seed, show)[:restarts]
+                common = list(islice(starts(problem, init, restarts, seed, show), restarts))
                 show.close()
             solver.begin(problem, common[0].params)  # what is made once is not on the clock
             fits[name] = solver.solve(problem, common, restarts)
-    ends = {name: fit.log_joint for name, fit in fits.items() if fit.log_joint == fit.log_joint}
-    best = max(ends, key=lambda name: ends[name]) if ends else next(iter(fits))
+        if fits[name].status is Status.INTERRUPTED:
+            break
+    best = max(fits, key=lambda name: _rank(fits[name]))
     rows = [_row(name, fit, fits[best]) for name, fit in fits.items()]
     return Comparison(rows, fits, best)
+
+
+def _rank(fit: Fit) -> tuple[bool, bool, float]:
+    """Healthy fits first, then by objective."""
+    finite = math.isfinite(fit.log_joint)
+    healthy = fit.status not in (Status.DEGENERATE, Status.NON_FINITE, Status.SYMMETRIC)
+    return finite, healthy, fit.log_joint if finite else -math.inf
 
 
 def _row(name: str, fit: Fit, best: Fit) -> Row:
@@ -205,12 +232,20 @@ def _row(name: str, fit: Fit, best: Fit) -> Row:
 
 
 def parameter_difference(fit: Fit, reference: Fit) -> float:
-    """The largest absolute difference of any parameter, after the states are matched."""
+    """The largest relative difference of any parameter, after the states are matched.
+
+    ``max |a - b| / max |b|`` over the elements of a parameter, the largest over the parameters.
+    """
     if fit is reference:
         return 0.0
     own = _canonical(reference, reference.params)
     other = _canonical(reference, match(fit, reference))
-    return max((float((own[n] - other[n]).abs().max()) for n in own if own[n].numel()), default=0.0)
+    return max((_relative(other[n], own[n]) for n in own if own[n].numel()), default=0.0)
+
+
+def _relative(value: Tensor, reference: Tensor) -> float:
+    gap, size = float((value - reference).abs().max()), float(reference.abs().max())
+    return gap / size if size > 0 else gap
 
 
 def match(fit: Fit, reference: Fit) -> Params:

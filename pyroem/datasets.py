@@ -93,7 +93,9 @@ class _Sheet:
         if not self.header[index]:
             return "it has no name"
         bad = self.bad_cells(index)
-        return f"line {bad[0][0]}: {bad[0][1]!r} is {bad[0][2]}" if bad else None
+        if len(bad) < len(self.rows):
+            return None  # a column with numbers: a bad cell in it is an error
+        return f"line {bad[0][0]}: {bad[0][1]!r} is {bad[0][2]}"
 
     def find(self, column: Column) -> int:
         """The index of a column, by name or by position counted from 1."""
@@ -115,6 +117,8 @@ class _Sheet:
         if bad := self.bad_cells(index):
             line, text, problem = bad[0]
             more = f" ({len(bad) - 1} more in this column)" if len(bad) > 1 else ""
+            if "," in text:
+                more += "; write decimal numbers with a point"
             raise DataError(
                 f"{self.source}, column {self.title(index)!r}, line {line}: "
                 f"expected a finite number; got {text!r}, which is {problem}{more}."
@@ -134,7 +138,7 @@ def _table(sheet: _Sheet, columns: Sequence[Column] | None) -> Table:
     else:
         chosen = [sheet.find(column) for column in columns]
         if not chosen or len(set(chosen)) < len(chosen):
-            raise DataError(f"Expected different columns, at least one; got {list(columns)}.")
+            raise DataError(f"columns: expected different ones, at least one; got {list(columns)}.")
     values = torch.tensor([sheet.numbers(i) for i in chosen], dtype=torch.float64)
     return [sheet.title(i) for i in chosen], values.T.contiguous()
 
@@ -161,6 +165,7 @@ def _parse(text: str, source: str) -> _Sheet:
     if not any(_problem(name) for name in header):
         raise DataError(
             f"{source}: expected column names in the first line; got numbers: {', '.join(header)}."
+            " Add a line of names at the top."
         )
     if repeated := sorted({name for name in named if named.count(name) > 1}):
         raise DataError(

@@ -10,10 +10,11 @@ from pyroem.problem import Problem
 from pyroem.structure import Params
 
 DEAD = 1e-3  # rows
+MARGIN = 1.01  # rounding moves an eigenvalue that was lifted to the floor
 MISSING_FLOOR = 1e-14  # of the data's variance, where the floor is turned off
 
 
-def collapsed(problem: Problem, params: Params, margin: float = 1.0001) -> list[str]:
+def collapsed(problem: Problem, params: Params, margin: float = MARGIN) -> list[str]:
     """The variances below ``margin`` times their floor, by parameter and component."""
     messages: list[str] = []
     covered: set[str] = set()
@@ -21,16 +22,14 @@ def collapsed(problem: Problem, params: Params, margin: float = 1.0001) -> list[
         block = problem.plan.blocks[name]
         clip = block.uses[0].coordinate.clip
         assert clip is not None and block.form is not None
-        moved = ~torch.isclose(
-            clip(params[name], floor * margin), params[name], rtol=1e-7, atol=0.0
-        )
+        moved = clip(params[name], floor * margin) != params[name]
         if block.form.event_dim:
             moved = moved.flatten(-block.form.event_dim).any(-1)
         covered.update(use.site.name for use in block.uses)
         if moved.any():
             spread = block.uses[0].site.name
             messages.append(
-                f"{name}{_where(moved)} (the spread of site '{spread}') ran to its floor"
+                f"{_where(name, moved)} (the spread of site '{spread}') ran to its floor"
             )
     for site in problem.plan.reading.sites.values():
         if site.family.variance is None or site.scale is None or site.name in covered:
@@ -79,9 +78,9 @@ def _counts(problem: Problem, z: str, expected: Expected, num_states: int) -> Te
     return torch.stack([values[1].sum(), values[0].sum()])  # failures, successes
 
 
-def _where(flags: Tensor) -> str:
+def _where(name: str, flags: Tensor) -> str:
     if flags.dim() == 0:
-        return ""
-    shown = [", ".join(str(int(i)) for i in row) for row in flags.nonzero()[:5]]
-    more = int(flags.sum()) - len(shown)
-    return "".join(f"[{s}]" for s in shown) + (f" and {more} more" if more > 0 else "")
+        return name
+    places = [", ".join(str(int(i)) for i in row) for row in flags.nonzero()[:5]]
+    more = int(flags.sum()) - len(places)
+    return ", ".join(f"{name}[{p}]" for p in places) + (f" and {more} more" if more > 0 else "")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pyroem.errors import ModelError
 from pyroem.loop import State
-from pyroem.mstep.update import Expected
+from pyroem.mstep.update import QUICK, Expected
 from pyroem.problem import Problem
 from pyroem.solver import Solver
 from pyroem.structure import Params
@@ -31,7 +31,7 @@ class EM(Solver):
 
     def check(self, problem: Problem) -> None:
         """EM needs something to sum out."""
-        if not problem.structure.assignments:
+        if not problem.structure.assignments and not problem.structure.imputed:
             raise ModelError(
                 "The program has no assignment: no unobserved sample site with finite discrete"
                 " support. EM has nothing to sum out; use MAP, or add the discrete variable."
@@ -44,7 +44,7 @@ class EM(Solver):
 
     def step(self, problem: Problem, state: State) -> State:
         """An M-step, then the E-step at the new parameters."""
-        params = problem.m_step(state.params, state.memory)
+        params = problem.m_step(state.params, state.memory, effort=QUICK)
         expected, value = _expect(problem, params)
         return State(params, value, state.passes + 1, expected)
 

@@ -43,7 +43,7 @@ def describe(
         "",
         "How EM updates each parameter:"
         if solver == "EM"
-        else f"{solver} follows the gradient of all parameters; EM would update each:",
+        else f"{solver} follows the gradient of all parameters; an M-step would update each:",
     ]
     for name in structure.parameters:
         block = problem.plan.blocks[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -164,7 +165,8 @@ class Fit:
         """Draw assignments and observations from the fitted program.
 
         ``n`` rows are drawn by repeating the program over its own plates (covariates included) as
-        often as needed; without ``n``, one draw of everything. Rows come in the first dim.
+        often as needed; rows come in the first dim, then the other plates. Without ``n``, one draw
+        of everything, in Pyro's own layout.
         """
         structure = self.problem.structure
         names = [*structure.assignments, *structure.observations]
@@ -201,7 +203,12 @@ class Fit:
         return 2 * self.df - 2 * self.log_likelihood
 
     def bic(self, rows: float | None = None) -> float:
-        """Schwarz's criterion ``df log(rows) - 2 log_likelihood``: smaller is better."""
+        """Schwarz's criterion ``df log(rows) - 2 log_likelihood``: smaller is better.
+
+        ``rows`` counts the elements of the outermost plates that all assignments share (weighted
+        rows by their weight): ten sequences in a plate are ten rows. A program without such a plate
+        (one long chain) has as many rows as observation sites. Give ``rows`` to count otherwise.
+        """
         rows = self.problem.rows if rows is None else rows
         return self.df * math.log(rows) - 2 * self.log_likelihood
 
@@ -270,11 +277,31 @@ class Fit:
         weights: Any = None,
         **kwargs: Any,
     ) -> Fit:
-        """Read a fit back, with the program and data that it belongs to."""
-        stored = torch.load(path, weights_only=True)
-        problem = pose(model, args, kwargs, weights=weights, **stored["problem"])
+        """Read a fit back, with the program and data that it belongs to.
+
+        Raises:
+        ------
+        SettingError
+            Where the file holds no fit, or the log-likelihood of the data given is not that of the
+            fit. (For other data use the methods of the fit: ``fit.predict(new_data)``.)
+        """
+        try:
+            stored = torch.load(path, weights_only=True)
+            settings = stored["problem"]
+        except (pickle.UnpicklingError, KeyError, TypeError, RuntimeError, EOFError) as error:
+            raise SettingError(f"{path}: not a file that Fit.save wrote.") from error
+        problem = pose(model, args, kwargs, weights=weights, **settings)
+        params = problem.structure.values(stored["params"])
+        with isolated(settings["dtype"], 0), torch.no_grad():
+            found, wanted = float(problem.log_joint(params)[0]), stored["log_likelihood"]
+        precision = 1e-8 if settings["dtype"] == torch.float64 else 1e-3
+        if abs(found - wanted) > precision * max(1.0, abs(wanted)):
+            raise SettingError(
+                f"{path}: the fit has log-likelihood {wanted:.6f}, but the program with the data"
+                f" given has {found:.6f} at its parameters. Give the data it was fitted to."
+            )
         return cls(
-            problem.structure.values(stored["params"]),
+            params,
             stored["log_likelihood"],
             stored["log_prior"],
             tuple(Record(*r) for r in stored["history"]),
@@ -311,7 +338,10 @@ def _rows_first(structure: Structure, site: Any, flatten: bool) -> Tensor:
     if not set(structure.unit) <= set(frames) or not structure.unit:
         return value.unsqueeze(0)
     full = site["fn"].batch_shape + site["fn"].event_shape
-    value = value.expand(full)
-    at = [value.dim() - event + frames[p] for p in structure.unit]
-    moved = value.movedim(at, list(range(len(at))))
-    return moved.reshape((structure.num_rows, *moved.shape[len(at) :]))
+    rank = len(full) - event
+    rows = [rank + frames[p] for p in structure.unit]
+    others = sorted(rank + dim for name, dim in frames.items() if name not in structure.unit)
+    idle = [i for i in range(rank) if i not in rows and i not in others]  # dims without a plate
+    moved = value.expand(full).permute(*rows, *others, *idle, *range(rank, len(full)))
+    kept = [full[i] for i in others] + list(full[rank:])
+    return moved.reshape((structure.num_rows, *kept))

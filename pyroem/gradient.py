@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,14 +12,24 @@ import torch
 from pyro.optim import PyroLRScheduler, PyroOptim
 from torch import Tensor
 
-from pyroem.errors import SettingError
+from pyroem.errors import ModelError, SettingError
 from pyroem.loop import State
+from pyroem.mstep.plan import interval_of
 from pyroem.problem import Problem
 from pyroem.solver import Solver
 from pyroem.structure import Params
 
 Factory = Callable[[list[Tensor]], torch.optim.Optimizer]
-LINE_SEARCH = 25  # evaluations that one L-BFGS iteration may take
+RIM, INWARD = 1e-5, 0.02  # fractions of an interval: what counts as its bound; a step inside
+WALL = 100.0  # nats a row
+LBFGS = {
+    "max_iter": 1,
+    "max_eval": 25,  # of one line search
+    "tolerance_grad": 0.0,
+    "tolerance_change": 0.0,
+    "history_size": 20,
+    "line_search_fn": "strong_wolfe",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +78,22 @@ class MAP(Solver):
                 f"MAP: optimizer must be 'adam', 'lbfgs', a torch or Pyro optimiser or a factory,"
                 f" got {self.optimizer!r}."
             )
+        if isinstance(self.optimizer, torch.optim.Optimizer):
+            kind = type(self.optimizer).__name__
+            raise SettingError(
+                f"MAP: optimizer is an instance of {kind}, made for other tensors; pass the class"
+                f" torch.optim.{kind} (settings in lr= and options=) or a function that makes one."
+            )
         if not isinstance(self.optimizer, str) and not callable(self.optimizer):
-            raise SettingError(f"MAP: optimizer cannot be called: {self.optimizer!r}.")
+            raise SettingError(
+                f"MAP: optimizer must be 'adam', 'lbfgs', a torch or Pyro optimiser or a factory,"
+                f" got {self.optimizer!r}."
+            )
+        if isinstance(self.optimizer, PyroOptim) and (self.lr is not None or self.options):
+            raise SettingError(
+                "MAP: a pyro.optim object brings its own settings; lr= and options= have no"
+                " effect on it."
+            )
 
     @property
     def patience(self) -> int:
@@ -86,6 +111,7 @@ class MAP(Solver):
         parameters, steps = problem.structure.parameters, problem.plan.steps
         if not self.standardise:
             steps = {n: torch.ones_like(s) for n, s in steps.items()}
+        params = _released(problem, params)
         raw = {
             n: (parameters[n].unconstrain(params[n]) / steps[n]).detach().clone().requires_grad_()
             for n in problem.free
@@ -95,7 +121,7 @@ class MAP(Solver):
         if raw:
             memory.optimiser = self._make(list(raw.values()), list(raw))
         memory.evaluate()
-        return State(memory.params(), memory.value, memory.passes, memory, memory.slope)
+        return memory.state()
 
     def step(self, problem: Problem, state: State) -> State:
         """One iteration of the optimiser."""
@@ -104,29 +130,16 @@ class MAP(Solver):
             memory.optimiser(memory)
             memory.keep_above_floors()
         memory.evaluate()
-        return State(memory.params(), memory.value, memory.passes, memory, memory.slope)
+        return memory.state()
 
     def _make(self, leaves: list[Tensor], names: list[str]) -> Callable[[_Memory], None]:
         optimizer, options = self.optimizer, dict(self.options)
         if self._is_lbfgs:
-            defaults = {"history_size": 20, "line_search_fn": "strong_wolfe"}
-            torch_optimiser = torch.optim.LBFGS(
-                leaves,
-                **{
-                    "lr": self.lr or 1.0,
-                    "max_iter": 1,
-                    "max_eval": LINE_SEARCH,
-                    "tolerance_grad": 0.0,
-                    "tolerance_change": 0.0,
-                    **defaults,
-                    **options,
-                },
-            )
-            return lambda memory: _step(torch_optimiser, memory)
+            optimizer, options = torch.optim.LBFGS, {**LBFGS, **options}
         if isinstance(optimizer, PyroOptim):
             pyro_optimiser = copy.deepcopy(optimizer)
             return lambda memory: _pyro_step(pyro_optimiser, memory)
-        if isinstance(optimizer, str):
+        elif isinstance(optimizer, str):
             optimizer, options = torch.optim.Adam, {"lr": 0.05, **options}
         if self.lr is not None:
             options["lr"] = self.lr
@@ -140,6 +153,37 @@ class MAP(Solver):
                 f" {type(made).__name__}."
             )
         return lambda memory: _step(made, memory)
+
+
+def _released(problem: Problem, params: Params) -> Params:
+    """``params`` with what stands at a bound moved off it, where the objective rises inwards.
+
+    In unconstrained coordinates a bound is infinitely far away and flat: a search would stay.
+    """
+    near = {}
+    for name in problem.free:
+        bounds = interval_of(problem.structure.parameters[name].constraint)
+        low, high = bounds or (-math.inf, math.inf)
+        if math.isinf(high) and (math.isinf(low) or low == 0):
+            continue  # free, or a scale, which has a floor of its own
+        width = high - low if math.isfinite(high - low) else abs(low if high > 1e300 else high)
+        value = params[name]
+        edges = (value - low < RIM * width, high - value < RIM * width)
+        if any(bool(edge.any()) for edge in edges):
+            inside = torch.where(edges[0], low + INWARD * width, high - INWARD * width)
+            near[name] = (edges, inside)
+    if not near:
+        return params
+    leaves = {n: params[n].detach().clone().requires_grad_() for n in near}
+    with torch.enable_grad():
+        total = sum(problem.log_joint({**params, **leaves}), torch.zeros(()))
+        slopes = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    result = dict(params)
+    for (name, (edges, inside)), slope in zip(near.items(), slopes, strict=True):
+        if slope is not None:
+            leave = (edges[0] & (slope > 0)) | (edges[1] & (slope < 0))
+            result[name] = torch.where(leave, inside, params[name])
+    return result
 
 
 def _step(optimiser: torch.optim.Optimizer, memory: _Memory) -> None:
@@ -162,7 +206,8 @@ class _Memory:
     def __init__(self, problem: Problem, raw: Params, held: Params, steps: Params) -> None:
         self.problem, self.raw, self.held, self.steps = problem, raw, held, steps
         self.optimiser: Callable[[_Memory], None] | None = None
-        self.value, self.passes, self._floored = 0.0, 0, False
+        self.value, self.passes, self.note = 0.0, 0, ""
+        self._floored, self._loss = False, 0.0
         self._at: list[Tensor] = []
         self._grads: list[Tensor] = []
 
@@ -177,6 +222,10 @@ class _Memory:
             return 0.0
         return max((float(g.abs().max()) for g in self._grads if g.numel()), default=0.0)
 
+    def state(self) -> State:
+        """Where the search stands."""
+        return State(self.params(), self.value, self.passes, self, self.slope, self.note)
+
     def params(self) -> Params:
         parameters = self.problem.structure.parameters
         with torch.no_grad():
@@ -188,21 +237,32 @@ class _Memory:
         leaves = list(self.raw.values())
         if self._at and all(torch.equal(a, b) for a, b in zip(self._at, leaves, strict=True)):
             return
-        with torch.enable_grad():
-            values = self._constrained()
-            log_likelihood, log_prior = self.problem.log_joint({**self.held, **values})
-            total = log_likelihood + log_prior
-            loss = -total / self.problem.rows
-            self._grads = list(torch.autograd.grad(loss, leaves)) if leaves else []
-        self._at = [leaf.detach().clone() for leaf in leaves]
-        self.value, self.passes = float(total.detach()), self.passes + 1
+        self._at, self.passes = [leaf.detach().clone() for leaf in leaves], self.passes + 1
+        try:
+            with torch.enable_grad():
+                values = self._constrained()
+                log_likelihood, log_prior = self.problem.log_joint({**self.held, **values})
+                total = log_likelihood + log_prior
+                loss = -total / self.problem.rows
+                self._grads = list(torch.autograd.grad(loss, leaves)) if leaves else []
+            self.value, self.note = float(total.detach()), ""
+        except (ModelError, torch.linalg.LinAlgError) as error:
+            self.value, self.note = math.nan, str(error)
+            self._grads = [torch.zeros_like(leaf) for leaf in leaves]
 
     def closure(self) -> float:
-        """What a torch optimiser calls: sets the gradients and returns the loss."""
+        """What a torch optimiser calls: sets the gradients and returns the loss.
+
+        A line search that strays to where the objective is not finite is told of a steep wall.
+        """
         self.evaluate()
+        finite = math.isfinite(self.value)
         for leaf, grad in zip(self.raw.values(), self._grads, strict=True):
-            leaf.grad = grad.clone()
-        return -self.value / self.problem.rows
+            leaf.grad = grad.clone() if finite else torch.zeros_like(grad)
+        if finite:
+            self._loss = -self.value / self.problem.rows
+            return self._loss
+        return self._loss + WALL
 
     def keep_above_floors(self) -> None:
         """Project variances that fell below their floor back onto it."""

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from pyroem._pyro import align
 from pyroem.clustering import cluster_means, features, kmeans, rows_shape
-from pyroem.estep.trace import collect, factor_weights
+from pyroem.estep.trace import collect, factor_weights, posterior
+from pyroem.mstep.update import QUICK
 from pyroem.problem import Problem
 from pyroem.structure import Params
 from pyroem.symmetry import StateGroup
@@ -78,7 +79,25 @@ def from_evidence(
     if importance is not None:
         weights = importance if weights is None else weights * importance
     value, found = factor_weights(trace, tensors, row_weights=weights, unit=structure.unit)
-    return problem.m_step(params, collect(problem.plan, trace, value, found), only)
+    expected = collect(problem.plan, trace, value, found)
+    return problem.m_step(params, expected, only, effort=QUICK)
+
+
+def escape(problem: Problem, params: Params, iterations: int = 30) -> float:
+    """The objective after EM iterations from ``params`` with their responsibilities disturbed.
+
+    Where it exceeds that of ``params``, they are no optimum.
+    """
+    generator = torch.Generator().manual_seed(0)
+    evidence = {}
+    for z, p in posterior(problem.structure, params).marginals.items():
+        noise = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
+        evidence[z] = torch.softmax(p.clamp(min=1e-6).log() + noise, -1)
+    moved = problem.clip(from_evidence(problem, params, evidence, None))
+    for _ in range(iterations):
+        expected, _ = problem.e_step(moved)
+        moved = problem.m_step(moved, expected, effort=QUICK)
+    return float(sum(problem.log_joint(moved)))
 
 
 def _random(

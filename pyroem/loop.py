@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from enum import Enum
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from pyroem.diagnose import collapsed
+from pyroem.errors import ModelError
 from pyroem.problem import Problem
 from pyroem.structure import Params
+
+LOOK = 50  # iterations after which a gradient search is looked at for a collapse
+STILL = 10  # iterations without any movement after which a search has stalled
 
 
 class Status(Enum):
@@ -24,6 +32,7 @@ class Status(Enum):
     NON_FINITE = "non_finite"
     DEGENERATE = "degenerate"
     SYMMETRIC = "symmetric"
+    STALLED = "stalled"
     INTERRUPTED = "interrupted"
 
     @property
@@ -43,8 +52,10 @@ _EXPLANATIONS = {
     Status.NON_FINITE: "The objective or a parameter became NaN or infinite; the last finite point"
     " is returned.",
     Status.DEGENERATE: "A component collapsed: a variance at its floor, or a state without data.",
-    Status.SYMMETRIC: "The states started alike and stayed so: a saddle, not an optimum. Give init"
-    " values that differ by state, or init='auto'.",
+    Status.SYMMETRIC: "States that started alike and stayed so, or met at a saddle: no optimum."
+    " Give init values that differ by state, or init='auto'.",
+    Status.STALLED: "The search can go no further although the gradient has not vanished: a kink, a"
+    " bound, or rounding.",
     Status.INTERRUPTED: "The fit was interrupted; the best point so far is returned.",
 }
 
@@ -71,7 +82,8 @@ class Restart:
 class State:
     """Where a solver stands: a point, its objective, and what the next step needs (``memory``).
 
-    ``slope`` is the largest element of the gradient per row, of solvers that know it.
+    ``slope`` is the largest element of the gradient per row, of solvers that know it; ``note`` says
+    why the objective is not finite, where that is known.
     """
 
     params: Params
@@ -79,6 +91,7 @@ class State:
     passes: int
     memory: Any = None
     slope: float = 0.0
+    note: str = ""
 
 
 class Stepper(Protocol):
@@ -133,19 +146,19 @@ def iterate(
     Never raises for a bad fit: the status says what happened. The best point seen is returned.
     """
     clock = time.perf_counter()
-    state = solver.begin(problem, params)
+    state = _attempt(lambda: solver.begin(problem, params), State(params, math.nan, 1))
     best = state
     history = [Record(0, state.log_joint, time.perf_counter() - clock, state.passes)]
     if not _finite(state):
-        message = f"the objective at the start is {state.log_joint}"
+        message = f"at the start {_culprit(state)}"
         return Outcome(state, Status.NON_FINITE, tuple(history), message)
     if interrupted:
         return Outcome(state, Status.INTERRUPTED, tuple(history))
     noise = 1e-10 if problem.structure.program.dtype == torch.float64 else 2e-5
-    status, message, calm = Status.MAX_ITER, "", 0
+    status, message, calm, still, fallen = Status.MAX_ITER, "", 0, 0, False
     try:
         for iteration in range(1, rule.max_iter + 1):
-            new = solver.step(problem, state)
+            new = _attempt(partial(solver.step, problem, state), state)
             record = Record(iteration, new.log_joint, time.perf_counter() - clock, new.passes)
             if not _finite(new):
                 status, message = Status.NON_FINITE, _culprit(new)
@@ -168,15 +181,31 @@ def iterate(
             resolution = _resolution(problem, state, noise)
             settled = abs(change) / problem.rows <= max(rule.tol, resolution)
             level = new.slope <= 10 * (rule.tol + resolution) ** 0.5
+            still = still + 1 if moved == 0 and change == 0 else 0
             calm = calm + 1 if settled and level and moved <= rule.param_tol else 0
             if calm >= rule.patience:
                 status = Status.CONVERGED
+                break
+            if not solver.monotone and iteration % LOOK == 0:
+                before, fallen = fallen, bool(collapsed(problem, state.params))
+                if before and fallen:
+                    break  # a collapse only goes on: the verdict on it is the caller's
+            if still >= STILL:
+                status = Status.STALLED
                 break
     except KeyboardInterrupt:
         status = Status.INTERRUPTED
     progress.close()
     last = state if state.log_joint >= best.log_joint - noise * abs(best.log_joint) else best
     return Outcome(last, status, tuple(history), message)
+
+
+def _attempt(step: Callable[[], State], state: State) -> State:
+    """A step; where the program cannot run at the point that it leads to, a state without value."""
+    try:
+        return step()
+    except (ModelError, torch.linalg.LinAlgError) as error:
+        return replace(state, log_joint=math.nan, note=" ".join(str(error).split()))
 
 
 def _resolution(problem: Problem, state: State, noise: float) -> float:
@@ -193,6 +222,8 @@ def _finite(state: State) -> bool:
 
 
 def _culprit(state: State) -> str:
+    if state.note:
+        return state.note
     bad = [n for n, v in state.params.items() if not v.isfinite().all()]
     if bad:
         return f"parameter '{bad[0]}' is not finite"

@@ -13,7 +13,7 @@ from pyroem.errors import DataError, SettingError
 from pyroem.estep.trace import expectation
 from pyroem.mstep.plan import Plan, Rung, make_plan
 from pyroem.mstep.scales import variance_floors
-from pyroem.mstep.update import MAX_SWEEPS, Expected, m_step
+from pyroem.mstep.update import THOROUGH, Expected, m_step
 from pyroem.reading import read
 from pyroem.structure import Params, Structure
 from pyroem.symmetry import StateGroup, state_groups
@@ -56,10 +56,10 @@ class Problem:
         params: Params,
         expected: Expected,
         only: frozenset[str] | None = None,
-        sweeps: int = MAX_SWEEPS,
+        effort: tuple[int, int] = THOROUGH,
     ) -> Params:
         """New parameters from expected statistics."""
-        return m_step(self.plan, params, expected, self.floors, only, sweeps)
+        return m_step(self.plan, params, expected, self.floors, only, effort)
 
     def log_joint(self, params: Params) -> tuple[Tensor, Tensor]:
         """Log-likelihood and log prior at ``params``, differentiable."""
@@ -90,11 +90,12 @@ def pose(
     weights: Any = None,
 ) -> Problem:
     """Read a program with its data and plan its M-step."""
-    structure = read(model, args, kwargs, dtype=dtype)
-    plan = make_plan(structure, fixed)
-    row_weights = None if weights is None else check_weights(weights, structure)
-    floors = variance_floors(structure, plan.blocks, floor)
-    groups = tuple(state_groups(structure, plan))
+    with torch.inference_mode(False):
+        structure = read(model, args, kwargs, dtype=dtype)
+        plan = make_plan(structure, fixed)
+        row_weights = None if weights is None else check_weights(weights, structure)
+        floors = variance_floors(structure, plan.blocks, floor)
+        groups = tuple(state_groups(structure, plan))
     return Problem(structure, plan, row_weights, floors, floor, groups)
 
 
@@ -102,15 +103,25 @@ def check_weights(weights: Any, structure: Structure) -> Tensor:
     """Row weights as a tensor over the rows' plates."""
     if not structure.unit:
         raise SettingError("weights: the program has no plate of independent rows to weigh.")
-    tensor = torch.as_tensor(weights).to(structure.program.dtype)
+    try:
+        tensor = torch.as_tensor(weights).to(structure.program.dtype)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"weights: expected numbers of shape {structure.unit_shape}, got {weights!r:.80}."
+        ) from error
     if tuple(tensor.shape) != structure.unit_shape:
         plates = ", ".join(f"'{p}'" for p in structure.unit)
         raise DataError(
             f"weights: expected shape {structure.unit_shape} (plate {plates}),"
             f" got {tuple(tensor.shape)}."
         )
-    if not (tensor.isfinite() & (tensor >= 0)).all():
-        raise DataError("weights: expected finite numbers that are not negative.")
+    bad = ~(tensor.isfinite() & (tensor >= 0))
+    if bad.any():
+        index = tuple(int(i) for i in bad.nonzero()[0])
+        raise DataError(
+            f"weights: expected finite numbers that are not negative, got {tensor[index].item()} at"
+            f" index {index} ({int(bad.sum())} such)."
+        )
     if not (tensor > 0).any():
         raise DataError("weights: expected at least one row with a positive weight.")
     return tensor

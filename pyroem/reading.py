@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import pyro
 import torch
 from pyro.distributions import constraints
 from torch import Tensor
@@ -25,8 +24,17 @@ from pyroem._pyro import (
     stored_constraints,
     unwrap,
 )
-from pyroem.errors import DataError, ModelError, SettingError
-from pyroem.structure import Parameter, Structure, base_mask, quoted
+from pyroem.checks import (
+    check_assignments_plates,
+    check_batch,
+    check_dependence,
+    check_frames,
+    check_observation,
+    check_plate,
+    kind_of,
+)
+from pyroem.errors import ModelError, SettingError
+from pyroem.structure import Parameter, Structure
 
 
 def read(
@@ -74,7 +82,7 @@ def read(
     }
     fill = {}
     for name in kinds.observations:
-        filled = _check_observation(nodes[name])
+        filled = check_observation(nodes[name])
         if filled is not None:
             fill[name] = filled
     program = replace(program, modules=modules, fill=fill, cast=cast or cast_again)
@@ -102,7 +110,9 @@ def read(
         states = {
             n: _num_states(first.trace.nodes[n]) for n in kinds.assignments if n not in imputed
         }
-        _check_dependence(program, start, nesting, frozenset(factor_sites), parameters)
+        check_assignments_plates(first, nodes, [*kinds.assignments])
+    with isolated(dtype, 1):
+        check_dependence(first, program, start, nesting, frozenset(factor_sites), parameters)
     plates = {
         name: tuple(
             f.name
@@ -123,7 +133,7 @@ def read(
         nesting,
         parameters,
         {n: k for n, k in states.items() if n not in kinds.imputed},
-        frozenset(kinds.imputed),
+        frozenset(n for n in states if n in kinds.imputed),
         tuple(kinds.observations),
         frozenset(factor_sites),
         plates,
@@ -148,10 +158,11 @@ def _classify(nodes: Mapping[str, Site]) -> _Kinds:
             kinds.parameters.append(name)
         if site["type"] != "sample" or is_deterministic(site):
             continue
+        check_frames(name, site)
         if is_plate_site(site):
-            _check_plate(name, site)
+            check_plate(name, site)
         elif site["is_observed"]:
-            _check_batch(name, site)
+            check_batch(name, site)
             kinds.observations.append(name)
         elif (
             name.endswith("_unobserved")
@@ -161,32 +172,37 @@ def _classify(nodes: Mapping[str, Site]) -> _Kinds:
             if site["fn"].has_enumerate_support:
                 kinds.assignments.append(name)
         elif site["fn"].has_enumerate_support:
-            _check_batch(name, site)
+            check_batch(name, site)
             kinds.assignments.append(name)
+        elif site["fn"].support.is_discrete and unwrap(site["fn"])[1]:
+            raise ModelError(
+                f"Site '{name}' is an unobserved {kind_of(site)} whose dims were declared as one"
+                " event by .to_event(). Put the assignment into a pyro.plate of that size instead:"
+                " its elements are then summed out one by one."
+            )
         elif site["fn"].support.is_discrete:
             raise ModelError(
-                f"Site '{name}' is an unobserved {_kind(site)}, whose support is not finite, so it"
-                " cannot be summed out. Expected a Categorical, OneHotCategorical, Bernoulli or"
+                f"Site '{name}' is an unobserved {kind_of(site)}, whose support is not finite, so"
+                " it cannot be summed out. Expected a Categorical, OneHotCategorical, Bernoulli or"
                 " Binomial assignment; for a count, use a Categorical over its likely values."
             )
         else:
             continuous.append(name)
     rows = {
-        n: frozenset(f.name for f in plate_frames(nodes[n]))
+        n: tuple(f.name for f in plate_frames(nodes[n]))
         for n in (*kinds.observations, *kinds.assignments)
     }
+    unit = _unit(rows, kinds.assignments, kinds.observations)
     for name in continuous:
         site = nodes[name]
-        own = frozenset(f.name for f in plate_frames(site))
-        inside = [n for n, plates in rows.items() if plates and plates <= own]
-        if not site["infer"].get("parameter") and (inside or in_markov(site)):
-            where = (
-                f"plate {quoted(sorted(own))}, as '{inside[0]}' does" if inside else "pyro.markov"
-            )
+        shared = [f.name for f in plate_frames(site) if f.name in unit]
+        if not site["infer"].get("parameter") and (shared or in_markov(site)):
+            where = f"the rows' plate '{shared[0]}'" if shared else "pyro.markov"
             raise ModelError(
-                f"Site '{name}' is an unobserved continuous {_kind(site)} that stands in {where}: a"
-                " latent variable of each row, which cannot be summed out exactly. Integrate it out"
-                " in the program, or mark it with infer={'parameter': True} to maximise over it."
+                f"Site '{name}' is an unobserved continuous {kind_of(site)} that stands in {where}:"
+                " a latent variable of each row, which cannot be summed out exactly. If it is data,"
+                " pass it to obs=; if not, integrate it out in the program, or mark it with"
+                " infer={'parameter': True} to maximise over it."
             )
         kinds.parameters.append(name)
     if not kinds.observations:
@@ -195,33 +211,6 @@ def _classify(nodes: Mapping[str, Site]) -> _Kinds:
             " data is passed to fit() and on to obs=."
         )
     return kinds
-
-
-def _kind(site: Site) -> str:
-    return type(unwrap(site["fn"])[0]).__name__
-
-
-def _check_plate(name: str, site: Site) -> None:
-    size, subsample = site["fn"].size, site["fn"].subsample_size
-    if subsample is not None and subsample < size:
-        raise ModelError(
-            f"Plate '{name}' is subsampled ({subsample} of {size}); a fit uses all the data."
-            " Take subsample_size and subsample out of the program."
-        )
-
-
-def _check_batch(name: str, site: Site) -> None:
-    """Every batch dim of size over one must be a plate."""
-    dims = {f.dim for f in plate_frames(site) if f.vectorized}
-    shape = site["fn"].batch_shape
-    wide = [i - len(shape) for i, size in enumerate(shape) if size > 1]
-    loose = [dim for dim in wide if dim not in dims]
-    if loose:
-        raise ModelError(
-            f"Site '{name}' has batch shape {tuple(shape)}, but no plate declares dim {loose[0]}."
-            " Put the statement into a pyro.plate of that size, or declare the dim a part of the"
-            " event with .to_event()."
-        )
 
 
 def _parameter(
@@ -236,54 +225,6 @@ def _parameter(
     if not value.isfinite().all():
         raise ModelError(f"Parameter '{name}': the program's own value is not finite.")
     return Parameter(name, tuple(value.shape), constraint, value, site["type"] == "sample", random)
-
-
-def _check_observation(site: Site) -> Tensor | None:
-    """Check the data of an observation; where masked cells are NaN, return the data without."""
-    name, fn, value = site["name"], site["fn"], site["value"]
-    if isinstance(fn, pyro.distributions.Unit):
-        return None
-    expected = tuple(fn.batch_shape + fn.event_shape)
-    try:
-        fits = torch.broadcast_shapes(value.shape, expected) == expected
-    except RuntimeError:
-        fits = False
-    if not fits:
-        raise DataError(
-            f"Site '{name}': expected data of shape {expected}, got {tuple(value.shape)}."
-        )
-    base, _, _ = unwrap(fn)
-    mask = base_mask(site)
-    if mask is not None:
-        mask = mask.reshape(mask.shape + (1,) * len(base.event_shape))
-        value, mask = torch.broadcast_tensors(value, mask)
-    bad = ~value.isfinite()
-    shown = bad if mask is None else bad & mask
-    if shown.any():
-        index = tuple(int(i) for i in shown.nonzero()[0])
-        raise DataError(
-            f"Site '{name}': expected finite data, got {value[index].item()} at index {index}"
-            f" ({int(shown.sum())} such cells). Mask them (poutine.mask, .mask() or obs_mask)."
-        )
-    filled = None
-    if bad.any():
-        value = filled = torch.where(bad, value[~bad].mean() if (~bad).any() else 0.0, value)
-    try:
-        ok = base.support.check(value)
-    except NotImplementedError:
-        return filled
-    if mask is not None:
-        cell_mask = mask
-        for _ in range(mask.dim() - ok.dim()):
-            cell_mask = cell_mask[..., 0]
-        ok = ok | ~cell_mask
-    if not ok.all():
-        index = tuple(int(i) for i in (~ok).nonzero()[0])
-        raise DataError(
-            f"Site '{name}': {type(base).__name__} data must lie in {base.support}, got"
-            f" {value[index].tolist()} at index {index} ({int((~ok).sum())} such cells)."
-        )
-    return filled
 
 
 def _leaves(
@@ -323,36 +264,12 @@ def _num_states(site: Site) -> int:
     return int(site["value"].shape[dim])
 
 
-def _check_dependence(
-    program: Program,
-    start: Values,
-    nesting: int,
-    factor_sites: frozenset[str],
-    parameters: Mapping[str, Parameter],
-) -> None:
-    leaves = {name: value.clone().requires_grad_() for name, value in start.items()}
-    run = enumerated(program, leaves, nesting, factor_sites)
-    total = sum((t.sum() for t in run.tensors().values()), torch.zeros(()))
-    for name, parameter in parameters.items():
-        if parameter.has_prior and name not in factor_sites:
-            site = run.trace.nodes[name]
-            total = total + site["fn"].log_prob(site["value"].detach()).sum()
-    if not total.requires_grad:
-        grads: list[Tensor | None] = [None] * len(leaves)
-    else:
-        grads = list(torch.autograd.grad(total, list(leaves.values()), allow_unused=True))
-    unused = [name for name, g in zip(leaves, grads, strict=True) if g is None]
-    if unused:
-        raise ModelError(
-            f"No site depends on parameter {quoted(unused)}: the data cannot inform it. Take it out"
-            " of the program, or use it."
-        )
-
-
 def _unit(
     plates: Mapping[str, tuple[str, ...]], assignments: list[str], observations: list[str]
 ) -> tuple[str, ...]:
     """The plates common to all assignments that are in plates, else to all observations."""
     members = [plates[n] for n in assignments if plates[n]] or [plates[n] for n in observations]
+    if not members:
+        return ()
     common = set(members[0]).intersection(*members[1:])
     return tuple(p for p in members[0] if p in common)

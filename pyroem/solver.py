@@ -13,11 +13,15 @@ from pyroem._pyro import isolated
 from pyroem.diagnose import collapsed, dead
 from pyroem.errors import ModelError, SettingError
 from pyroem.fit import Fit
+from pyroem.guesses import escape
 from pyroem.loop import Outcome, Progress, Restart, Rule, State, Status, iterate
 from pyroem.problem import Problem, pose
 from pyroem.starts import Start, starts
 from pyroem.structure import Params
 from pyroem.symmetry import coinciding
+
+SADDLE = 1e-5  # nats a row that moving states apart gains at a saddle
+ALIKE = 1e-2  # nats; two states are alike where no log-probability differs by more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +75,8 @@ class Solver:
             raise SettingError(
                 f"{own}: dtype must be torch.float64 or torch.float32, got {self.dtype!r}."
             )
+        if not isinstance(self.fixed, Iterable):
+            raise SettingError(f"{own}: fixed must be names of parameters, got {self.fixed!r}.")
         fixed = (self.fixed,) if isinstance(self.fixed, str) else tuple(self.fixed)
         object.__setattr__(self, "fixed", fixed)
 
@@ -150,25 +156,25 @@ class Solver:
         self.check(problem)
         show = Progress(f"{self.name}: ", self.progress)
         with isolated(self.dtype, seed):
-            chosen = starts(problem, init, restarts, seed, show)
-            show.close()
-            return self.solve(problem, chosen, restarts)
+            return self.solve(problem, starts(problem, init, restarts, seed, show), restarts)
 
-    def solve(self, problem: Problem, chosen: list[Start], count: int = 1) -> Fit:
+    def solve(self, problem: Problem, chosen: Iterable[Start], count: int = 1) -> Fit:
         """Run from the first ``count`` starts, and from the others while no run is healthy.
 
         The best healthy run becomes the fit.
         """
-        runs: list[Outcome] = []
-        for i, start in enumerate(chosen):
-            if i >= count and any(_rank(run)[1] for run in runs):
+        runs: list[tuple[Start, Outcome]] = []
+        coming = iter(chosen)
+        while len(runs) < count or not any(_rank(run)[1] for _, run in runs):
+            start = next(coming, None)
+            if start is None:
                 break
-            label = self.name if len(chosen) == 1 else f"{self.name} start {i + 1}"
-            runs.append(self._run(problem, start, label))
-            if runs[-1].status is Status.INTERRUPTED:
+            label = self.name if count == 1 else f"{self.name} start {len(runs) + 1}"
+            runs.append((start, self._run(problem, start, label)))
+            if runs[-1][1].status is Status.INTERRUPTED:
                 break
-        best = max(range(len(runs)), key=lambda i: _rank(runs[i]))
-        return _finish(problem, self, chosen[best], runs[best], tuple(runs))
+        start, best = max(runs, key=lambda pair: _rank(pair[1]))
+        return _finish(problem, self, start, best, tuple(run for _, run in runs))
 
     def _run(self, problem: Problem, start: Start, label: str) -> Outcome:
         outcome = iterate(
@@ -185,7 +191,8 @@ class Solver:
 def _rank(run: Outcome) -> tuple[bool, bool, float]:
     value = run.state.log_joint
     finite = math.isfinite(value)
-    healthy = run.status not in (Status.DEGENERATE, Status.NON_FINITE)
+    sick = (Status.DEGENERATE, Status.NON_FINITE, Status.SYMMETRIC)
+    healthy = run.status not in sick
     return finite, healthy, value if finite else -math.inf
 
 
@@ -197,6 +204,8 @@ def _judge(problem: Problem, start: Start, outcome: Outcome) -> Outcome:
     problems = collapsed(problem, params, 1e4 if failed else 1.0001)
     if not failed:
         problems += dead(problem, problem.e_step(params)[0])
+    if outcome.status is Status.INTERRUPTED:
+        return replace(outcome, message="; ".join(problems))
     if problems:
         message = "; ".join([*problems, *([outcome.message] if outcome.message else [])])
         return replace(outcome, status=Status.DEGENERATE, message=message)
@@ -205,13 +214,22 @@ def _judge(problem: Problem, start: Start, outcome: Outcome) -> Outcome:
     structure, plan = problem.structure, problem.plan
     same = coinciding(structure, plan, start.params)
     if same:
-        still = coinciding(structure, plan, params)
+        still = coinciding(structure, plan, params, ALIKE)
         stuck = {z: [p for p in pairs if p in still.get(z, [])] for z, pairs in same.items()}
         stuck = {z: pairs for z, pairs in stuck.items() if pairs}
         if stuck:
             z, pairs = next(iter(stuck.items()))
             message = f"states {pairs[0][0]} and {pairs[0][1]} of '{z}' started alike and stayed so"
             return replace(outcome, status=Status.SYMMETRIC, message=message)
+    alike = coinciding(structure, plan, params, ALIKE)
+    if alike and not outcome.message:
+        z, pairs = next(iter(alike.items()))
+        message = f"states {pairs[0][0]} and {pairs[0][1]} of '{z}' ended alike"
+        gain = escape(problem, params) - outcome.state.log_joint
+        if gain > SADDLE * problem.rows:
+            message += f"; moving them apart raises the objective by at least {gain:.3g}"
+            return replace(outcome, status=Status.SYMMETRIC, message=message)
+        return replace(outcome, message=f"{message}: fewer states may do")
     return outcome
 
 

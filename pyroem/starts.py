@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from pyroem.symmetry import coinciding
 
 METHODS = ("auto", "kmeans", "random", "prior", "model")
 LAPS = ((4, 0.5), (10, 0.5), (100, 1.0))  # EM iterations of a race, and the share that goes on
+BRIEF = (1, 5)  # the effort of an M-step in the race
 RESERVE = 3  # finalists that are run when the chosen starts end in a collapse
 CALM = 1e-6  # change of the objective per row at which a run of the race has settled
 
@@ -39,10 +41,11 @@ def starts(
     count: int,
     seed: int,
     report: Callable[[str], None] = lambda text: None,
-) -> list[Start]:
-    """``count`` starting points; after them, of a search, some in reserve for when those fail.
+) -> Iterator[Start]:
+    """``count`` starting points; after them, with ``"auto"``, some in reserve for when those fail.
 
-    ``report`` is told how the search goes. An interrupt ends it with the best guess so far.
+    Where a search is needed it is made when its first start is asked for; ``report`` is told how
+    it goes, and an interrupt ends it with the best guess so far.
 
     Raises:
     ------
@@ -52,24 +55,26 @@ def starts(
     """
     given = getattr(init, "params", init)
     if isinstance(given, Mapping):
-        return [_given(problem, given, seed)] if count == 1 else _refuse("given values", count)
+        if count > 1:
+            _refuse("given values", count)
+        return iter([_given(problem, given, seed)])
     if init not in METHODS:
         raise SettingError(
             f"init: expected one of {', '.join(METHODS)}, a dict of values or a Fit, got {init!r}."
         )
     _check_fixed(problem)
     program = own_values(problem)
+    if init == "prior" and not any(p.has_prior for p in problem.structure.parameters.values()):
+        raise SettingError("init='prior': no parameter of the program has a prior to draw from.")
     if init in ("model", "prior") or not problem.structure.assignments:
         if not any(p.random for p in problem.structure.parameters.values()) and count > 1:
-            return _refuse("the program's own values", count)
-        how = "the program's own values" if init != "prior" else "draws from the priors"
-        if problem.structure.assignments:
-            return [Start(_drawn(problem, seed + i), how) for i in range(count)]
-        return [Start(_drawn(problem, seed + i), "the program's own values") for i in range(count)]
+            _refuse("the program's own values", count)
+        how = "draws from the priors" if init == "prior" else "the program's own values"
+        return iter([Start(_drawn(problem, seed + i), how) for i in range(count)])
     if init == "auto":
         return _auto(problem, program, count, seed, report)
     pooled = from_evidence(problem, program, {}, None)
-    return [_guess(problem, pooled, init, seed + i) for i in range(count)]
+    return iter([_guess(problem, pooled, init, seed + i) for i in range(count)])
 
 
 def _guess(
@@ -84,7 +89,7 @@ def _guess(
     return Start(params, f"{how} (seed {seed}) and one M-step")
 
 
-def _refuse(what: str, count: int) -> list[Start]:
+def _refuse(what: str, count: int) -> NoReturn:
     raise SettingError(
         f"restarts={count}: {what} are the same at every restart. Use init='kmeans', 'random' or"
         " 'auto', or restarts=1."
@@ -133,7 +138,7 @@ def _given(problem: Problem, given: Mapping[str, Any], seed: int) -> Start:
     rest = frozenset(problem.free) - frozenset(values)
     if not rest or not structure.assignments:
         return Start(program, "the values given")
-    if _tells_states_apart(problem, values):
+    if _telling(problem, values)[1]:
         return Start(
             _around(problem, program, rest), "the values given, the rest found around them"
         )
@@ -142,15 +147,20 @@ def _given(problem: Problem, given: Mapping[str, Any], seed: int) -> Start:
     return Start(start.params, f"the values given, the rest from {start.how}")
 
 
-def _tells_states_apart(problem: Problem, values: Mapping[str, Tensor]) -> bool:
-    """Whether some of ``values`` differs along an axis of states."""
+def _telling(problem: Problem, values: Mapping[str, Tensor]) -> tuple[set[str], bool]:
+    """Which of ``values`` differ along an axis of states; whether they do so for all states."""
+    found, complete = set(), True
     for group in problem.groups:
-        for name, axis in group.axes:
-            if name in values and _in_observation(problem, name):
+        axes = [(n, axis) for n, axis in group.axes if _in_observation(problem, n)]
+        telling = set()
+        for name, axis in axes:
+            if name in values:
                 first = values[name].narrow(axis, 0, 1)
                 if not torch.allclose(values[name], first.expand_as(values[name])):
-                    return True
-    return False
+                    telling.add(name)
+        found |= telling
+        complete = complete and (bool(telling) or not axes or group.num_states < 2)
+    return found, complete and bool(found)
 
 
 def _in_observation(problem: Problem, name: str) -> bool:
@@ -167,32 +177,44 @@ def _around(problem: Problem, params: Params, rest: frozenset[str]) -> Params:
 
 def _auto(
     problem: Problem, program: Params, count: int, seed: int, report: Callable[[str], None]
-) -> list[Start]:
-    """The program's own values where they tell the states apart; else the best of many guesses."""
+) -> Iterator[Start]:
+    """The program's own values where they tell the states apart; then the best of many guesses.
+
+    Where the program's values tell only some assignments' states apart, the guesses keep those.
+    """
     structure = problem.structure
     explicit = {n: v for n, v in program.items() if not structure.parameters[n].random}
     complete = len(explicit) == len(program)
-    chosen: list[Start] = []
+    own = 0
+    telling, apart = _telling(problem, explicit)
     if complete and not coinciding(structure, problem.plan, program):
-        chosen = [Start(problem.clip(program), "the program's own values, which differ by state")]
-    elif not complete and _tells_states_apart(problem, explicit):
+        own = 1
+        yield Start(problem.clip(program), "the program's own values, which differ by state")
+    elif not complete and apart:
+        own = 1
         rest = frozenset(problem.free) - frozenset(explicit)
         how = "the program's own values, which differ by state; the rest found around them"
-        chosen = [Start(problem.clip(_around(problem, program, rest)), how)]
-    if len(chosen) == count:
-        return chosen
-    return chosen + _race(problem, program, count - len(chosen), seed, report)
+        yield Start(problem.clip(_around(problem, program, rest)), how)
+    kept = telling if not own and not apart else set()
+    yield from _race(problem, program, max(count - own, 1), seed, report, kept)
 
 
 def _race(
-    problem: Problem, program: Params, count: int, seed: int, report: Callable[[str], None]
+    problem: Problem,
+    program: Params,
+    count: int,
+    seed: int,
+    report: Callable[[str], None],
+    kept: set[str],
 ) -> list[Start]:
     """Short EM runs from many guesses; the ``count`` best, and some in reserve.
 
-    k-means and random guesses race apart: random ones climb fast, and often into a collapse.
+    k-means and random guesses race apart: random ones climb fast, and often into a collapse. The
+    guesses take over the program's values of the parameters ``kept``.
     """
-    tries = _tries(problem)
-    pooled = from_evidence(problem, program, {}, None)
+    (tries, laps), clock = _extent(problem), time.perf_counter()
+    only = frozenset(problem.free) - kept if kept else None
+    pooled = from_evidence(problem, program, {}, None, only)
     fields: list[list[_Run]] = [[], []]
     try:
         for field, method, many in zip(
@@ -200,9 +222,10 @@ def _race(
         ):
             for i in range(many):
                 report(f"a {method} guess, {i + 1} of {many}")
-                field.append(_Run(problem, _guess(problem, pooled, method, 100 * seed + i)))
+                guess = _guess(problem, pooled, method, 100 * seed + i, only)
+                field.append(_Run(problem, guess))
         guesses = sum(map(len, fields))
-        for length, share in LAPS:
+        for length, share in laps:
             for i, field in enumerate(fields):
                 for run in field:
                     report(f"{sum(map(len, fields))} of {guesses} guesses in the race")
@@ -216,19 +239,22 @@ def _race(
         best = max(runs, key=lambda run: run.promise)
         how = f"{best.start.how}; interrupted after a short EM run"
         return [Start(problem.clip(best.params), how, interrupted=True)]
-    how = f"best of {guesses} guesses after short EM runs: "
-    runs = sorted((r for field in fields for r in field), key=lambda r: r.promise, reverse=True)
+    seconds = time.perf_counter() - clock
+    how = f"best of {guesses} guesses after short EM runs ({seconds:.1f} s): "
+    runs = _distinct([run for field in fields for run in field], problem.rows, count)
     return [Start(run.start.params, how + run.start.how) for run in runs[: count + RESERVE]]
 
 
-def _tries(problem: Problem) -> int:
-    """How many guesses of each kind the problem's size allows."""
+def _extent(problem: Problem) -> tuple[int, tuple[tuple[int, float], ...]]:
+    """How many guesses of each kind, and which laps, the problem's size allows."""
     plan = problem.plan
     factors = plan.reading.traces[0].factors.values()
-    work = sum(f.tensor.numel() + 1000 for f in factors)  # a site costs something by itself
+    work = sum(f.tensor.numel() + 20_000 for f in factors)  # a site costs something by itself
     if plan.on(Rung.ON_STATISTICS) or plan.on(Rung.GRADIENT):
         work *= 10
-    return 12 if work <= 20_000 else 6 if work <= 500_000 else 3
+    if work <= 100_000:
+        return 12, LAPS
+    return (6, LAPS[:-1]) if work <= 1_000_000 else (3, LAPS[:-1])
 
 
 def _distinct(runs: list[_Run], rows: float, least: int) -> list[_Run]:
@@ -258,6 +284,6 @@ class _Run:
             if not abs(value - before) > CALM * problem.rows:
                 self.settled = True
                 break
-            self.params = problem.m_step(self.params, expected, sweeps=1)
+            self.params = problem.m_step(self.params, expected, effort=BRIEF)
         if collapsed(problem, self.params, 100.0):
             self.promise = (False, self.promise[1])

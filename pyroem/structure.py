@@ -109,7 +109,12 @@ class Structure:
     def value(self, name: str, value: Any) -> Tensor:
         """One parameter's ``value``, checked for its shape and cast."""
         parameter = self.parameters[name]
-        tensor = torch.as_tensor(value)
+        try:
+            tensor = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise SettingError(
+                f"Parameter '{name}': expected a tensor of shape {parameter.shape}, got {value!r}."
+            ) from error
         if tuple(tensor.shape) != parameter.shape:
             raise SettingError(
                 f"Parameter '{name}': expected shape {parameter.shape}, got {tuple(tensor.shape)}."

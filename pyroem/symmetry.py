@@ -95,21 +95,24 @@ def permute(params: Params, group: StateGroup, order: Tensor) -> Params:
 
 
 def coinciding(
-    structure: Structure, plan: Plan, params: Params
+    structure: Structure, plan: Plan, params: Params, nats: float = 0.0
 ) -> dict[str, list[tuple[int, int]]]:
     """Pairs of states that the observations cannot tell apart at ``params``, though they could.
 
-    A pair coincides where every factor downstream of the assignment is the same for both: EM keeps
-    such states equal for ever. States that the program itself never tells apart do not count.
+    A pair coincides where every factor downstream of the assignment is the same for both (to
+    within ``nats``): EM keeps such states equal for ever. States that the program itself never
+    tells apart do not count.
     """
     with torch.no_grad():
         trace = structure.enumerate(params)
-    here = _equal_states(structure, trace)
+    here = _equal_states(structure, trace, nats)
     always = _equal_states(structure, plan.reading.traces[0])
     return {z: pairs for z in structure.assignments if (pairs := sorted(here[z] - always[z]))}
 
 
-def _equal_states(structure: Structure, trace: Enumerated) -> dict[str, set[tuple[int, int]]]:
+def _equal_states(
+    structure: Structure, trace: Enumerated, nats: float = 0.0
+) -> dict[str, set[tuple[int, int]]]:
     result: dict[str, set[tuple[int, int]]] = {}
     every = {
         z: {(i, j) for j in range(k) for i in range(j)} for z, k in structure.assignments.items()
@@ -122,13 +125,13 @@ def _equal_states(structure: Structure, trace: Enumerated) -> dict[str, set[tupl
                 continue
             if name in result and result[name] == every[name]:
                 continue  # a child that the data cannot inform tells nothing of its parent
-            own = _pairs(factor.tensor, factor.dims.index(symbol))
+            own = _pairs(factor.tensor, factor.dims.index(symbol), nats)
             pairs = own if pairs is None else pairs & own
         result[z] = every[z] if pairs is None else pairs
     return result
 
 
-def _pairs(tensor: Tensor, axis: int) -> set[tuple[int, int]]:
+def _pairs(tensor: Tensor, axis: int, nats: float) -> set[tuple[int, int]]:
     rows = tensor.movedim(axis, 0).flatten(1) if tensor.dim() > 1 else tensor.unsqueeze(1)
     rows = torch.nan_to_num(rows.double(), nan=0.0, posinf=1e30, neginf=-1e30)
     generator = torch.Generator().manual_seed(3)
@@ -136,5 +139,8 @@ def _pairs(tensor: Tensor, axis: int) -> set[tuple[int, int]]:
     signature = rows @ direction
     scale = rows.abs() @ direction
     gap = (signature[:, None] - signature[None]).abs()
-    close = gap <= 1e-12 * (scale[:, None] + scale[None])
-    return {(int(i), int(j)) for i, j in close.triu(1).nonzero()}
+    close = gap <= 1e-12 * (scale[:, None] + scale[None]) + nats * direction.sum()
+    pairs = {(int(i), int(j)) for i, j in close.triu(1).nonzero()}
+    if nats:  # the sums may agree by chance
+        pairs = {(i, j) for i, j in pairs if float((rows[i] - rows[j]).abs().max()) <= nats}
+    return pairs

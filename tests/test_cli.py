@@ -46,7 +46,13 @@ class Core:
             SimpleNamespace(iteration=i, log_joint=-4.0 / (i + 1), seconds=i) for i in (0, 1)
         ]
         fit = SimpleNamespace(
-            params=PARAMS, history=history, bic=lambda: 12.5, explain=lambda: "weights: closed form"
+            params=PARAMS,
+            history=history,
+            status="converged",
+            converged=True,
+            message="",
+            bic=lambda: 12.5,
+            explain=lambda: "weights: closed form",
         )
         rows = [
             SimpleNamespace(
@@ -96,8 +102,8 @@ def test_defaults(core: Core, capsys: pytest.CaptureFixture[str], tmp_path: Path
         "MAP (Adam)": "adam",
         "MAP (L-BFGS)": "lbfgs",
     }
-    assert core.settings["em"] == {}
-    assert core.settings["adam"] == {"optimizer": "adam"}
+    assert core.settings["em"] == {"progress": False}
+    assert core.settings["adam"] == {"optimizer": "adam", "progress": False}
     assert {key: core.request[key] for key in ("init", "seed", "restarts")} == {
         "init": "auto",
         "seed": 0,
@@ -126,8 +132,9 @@ def test_settings_are_passed_on(core: Core) -> None:
     options = "--solvers lbfgs,em --seed 3 --restarts 4 --max-iter 7 --tol 1e-5 --no-picture"
     assert cli.main(["compare", "faithful", "--components", "2", *options.split()]) == 0
     assert list(core.request["solvers"]) == ["MAP (L-BFGS)", "EM"]
-    assert core.settings["em"] == {"max_iter": 7, "tol": 1e-5}
-    assert core.settings["lbfgs"] == {"optimizer": "lbfgs", "max_iter": 7, "tol": 1e-5}
+    given = {"max_iter": 7, "tol": 1e-5, "progress": False}
+    assert core.settings["em"] == given
+    assert core.settings["lbfgs"] == {"optimizer": "lbfgs", **given}
     assert (core.request["seed"], core.request["restarts"]) == (3, 4)
 
 

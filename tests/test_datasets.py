@@ -85,7 +85,7 @@ def test_what_is_written_is_read(
     assert datasets.read_csv(path)[1].tolist() == values
 
 
-MIXED = "id,name,size,weight\n1,ann,1.5,60\n2,bob,NA,70\n3,cyd,,80\n"
+MIXED = "id,name,size,weight\n1,ann,,60\n2,bob,NA,70\n3,cyd,,80\n"
 
 
 def test_numeric_columns_are_taken_and_the_others_named(tmp_path: Path) -> None:
@@ -95,8 +95,16 @@ def test_numeric_columns_are_taken_and_the_others_named(tmp_path: Path) -> None:
     assert values.tolist() == [[1, 60], [2, 70], [3, 80]]
     assert datasets.left_out(path) == {
         "name": "line 2: 'ann' is not a number",
-        "size": "line 3: 'NA' is missing",
+        "size": "line 2: '' is missing",
     }
+
+
+@pytest.mark.parametrize(("cell", "problem"), [("NA", "missing"), ("1,5", "decimal numbers")])
+def test_a_column_of_numbers_must_be_complete(tmp_path: Path, cell: str, problem: str) -> None:
+    path = write(tmp_path, f"id;size\n1;1.5\n2;{cell}\n3;2.5\n")
+    with pytest.raises(DataError, match=rf"'size', line 3.*{problem}"):
+        datasets.read_csv(path)
+    assert datasets.read_csv(path, ["id"])[0] == ["id"]
 
 
 def test_column_without_a_name_is_row_numbers(tmp_path: Path) -> None:
@@ -159,7 +167,7 @@ def test_line_numbers_count_lines_inside_quotes(tmp_path: Path) -> None:
         ("a,b\n1,2\n", ["zzz"], r"got 'zzz'\.$"),
         ("a,b\n1,2\n", [3], "expected a column from 1 to 2; got 3"),
         ("a,b\n1,2\n", [0], "expected a column from 1 to 2; got 0"),
-        ("a,b\n1,2\n", ["a", 1], "Expected different columns"),
+        ("a,b\n1,2\n", ["a", 1], "columns: expected different ones"),
         ("a,b\n1,2\n", [], "at least one"),
         ("a,b\n1,2\n", "a", "Expected a list of columns"),
     ],

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 from pyro import poutine
@@ -31,7 +32,11 @@ def isolated(dtype: torch.dtype, seed: int | None = None) -> Iterator[None]:
     rng, old_dtype = get_rng_state(), torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with pyro.get_param_store().scope(), pyro.validation_enabled(False):
+        with (
+            pyro.get_param_store().scope(),
+            pyro.validation_enabled(False),
+            torch.inference_mode(False),
+        ):
             if seed is not None:
                 set_rng_seed(seed)
             yield
@@ -90,10 +95,42 @@ class _Cast(TorchFunctionMode):
         return x
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in ("__set__", "requires_grad_"):
+        if _speaks_of_the_object(func):
             return func(*args, **(kwargs or {}))
         kwargs = {k: self._convert(v) for k, v in (kwargs or {}).items()}
         return func(*map(self._convert, args), **kwargs)
+
+
+def _speaks_of_the_object(func: Any) -> bool:
+    """Whether a torch function sets or asks for a property of the tensor object itself.
+
+    ``pyro.module`` asks a parameter whether it requires a gradient: its cast would say no.
+    """
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        asked = getattr(getattr(func, "__self__", None), "__name__", "")
+        return asked in ("requires_grad", "is_leaf", "grad", "grad_fn")
+    return name in ("__set__", "requires_grad_")
+
+
+class _Enumerate(EnumMessenger):
+    """Pyro's enumeration, which need not look at values that were put in for parameters.
+
+    It would ask for their ``.data``, which ``torch.func.vmap`` does not allow.
+    """
+
+    def __init__(self, values: Values, first_available_dim: int) -> None:
+        super().__init__(first_available_dim=first_available_dim)
+        self.values = values
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        name = msg["name"]
+        if name in self.values and not msg["is_observed"]:
+            dims = msg["infer"].setdefault("_dim_to_id", {})
+            dims.update(self._param_dims.get(name, {}))
+            self._value_dims[name] = {}
+        else:
+            super()._pyro_post_sample(msg)
 
 
 class _Substitute(Messenger):
@@ -116,6 +153,10 @@ class _Substitute(Messenger):
         if is_plate_site(msg) or is_deterministic(msg):
             return
         name = msg["name"]
+        base = unwrap(msg["fn"])[0]
+        if type(base) is pyro.distributions.Poisson:
+            # At rate 0 (a zero-inflated count) torch's gradient of a count of 0 is NaN: take none.
+            base.rate = torch.where(base.rate > 0, base.rate, base.rate.detach())
         if msg["is_observed"]:
             if not self.observed and not isinstance(msg["fn"], pyro.distributions.Unit):
                 msg["is_observed"], msg["value"], msg["done"] = False, None, False
@@ -143,6 +184,11 @@ class _Substitute(Messenger):
         # Values never go through the parameter store: it would keep them, and it cannot be used
         # under torch.func. A later statement of the same name repeats the first.
         name, given = msg["name"], len(msg["args"]) > 1
+        if given and isinstance(msg["args"][1], torch.nn.Parameter):
+            # It stays where its module has it; _Cast puts the fit's value in wherever it is used.
+            self.first.setdefault(name, (msg["args"], None, None))
+            msg["value"], msg["done"] = msg["args"][1], True
+            return
         if name in self.first:
             msg["args"], msg["kwargs"]["constraint"], value = self.first[name]
         else:
@@ -157,7 +203,8 @@ class _Substitute(Messenger):
             msg["value"], msg["done"] = value, True
 
     def _pyro_post_param(self, msg: Any) -> None:
-        msg["value"] = msg["value"].to(self.dtype)
+        if not isinstance(msg["value"], torch.nn.Parameter):
+            msg["value"] = msg["value"].to(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -196,7 +243,7 @@ class Program:
             tracer = stack.enter_context(poutine.trace())
             if nesting is not None:
                 first = -1 - nesting
-                stack.enter_context(EnumMessenger(first_available_dim=first))
+                stack.enter_context(_Enumerate(values, first))
             stack.enter_context(substitute)
             cast = _Cast(self.dtype, replace)
             if self.cast or replace:
@@ -219,8 +266,12 @@ def _explain_failure(error: Exception, enumerated: bool) -> ModelError:
         frame = frame.tb_next
     where = f"at site '{site}'" if site else "outside its sample and param statements"
     how = "with its assignments enumerated" if enumerated else "on the data given"
-    hint = ""
-    if "dtype" in str(error):
+    hint, text = "", str(error).rstrip(". \n")
+    if "size cannot be zero" in text:
+        return ModelError(f"The program failed {where}: the data has no rows (a plate of size 0).")
+    if isinstance(error, torch.linalg.LinAlgError):
+        hint = " A matrix became singular: is some column constant, or a sum of others?"
+    elif "dtype" in text:
         hint = " Check that integer data is not used where the program needs floating numbers."
     elif enumerated:
         hint = (
@@ -228,7 +279,7 @@ def _explain_failure(error: Exception, enumerated: bool) -> ModelError:
             " assignment, avoid .item() and control flow on it, and count dims from the right."
         )
     return ModelError(
-        f"The program failed {where} when it was run {how}: {type(error).__name__}: {error}.{hint}"
+        f"The program failed {where} when it was run {how}: {type(error).__name__}: {text}.{hint}"
     )
 
 
@@ -238,14 +289,19 @@ def as_data(x: Any, dtype: torch.dtype) -> Any:
     def convert(leaf: Any) -> Any:
         if hasattr(leaf, "__array__") and not isinstance(leaf, Tensor):
             try:
-                leaf = torch.as_tensor(leaf.__array__())
-            except TypeError as error:
+                array = np.asarray(leaf)
+                leaf = torch.as_tensor(array.astype(array.dtype.newbyteorder("="), order="C"))
+            except (TypeError, ValueError) as error:
                 raise DataError(
                     f"Data of type {type(leaf).__name__} cannot become a tensor: {error}"
                 ) from error
-        if isinstance(leaf, Tensor) and leaf.is_floating_point():
-            return leaf.to(dtype)
-        return leaf
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if leaf.is_complex():
+            raise DataError(f"Data must be real numbers, got a tensor of {leaf.dtype}.")
+        if leaf.is_inference():
+            leaf = leaf.clone()
+        return leaf.to(dtype) if leaf.is_floating_point() else leaf
 
     return tree_map(convert, x)
 

@@ -183,6 +183,16 @@ def cholesky(x: Tensor) -> Tensor:
     return _guarded(x, torch.linalg.cholesky)
 
 
+def clip_through(
+    t: Tensor, floor: Tensor, to: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Clip the covariance ``to(t)``; where nothing is low, ``t`` itself is returned."""
+    covariance = to(t)
+    clipped = clip_eigenvalues(covariance, floor)
+    changed = (clipped != covariance).any(-1).any(-1)[..., None, None]
+    return torch.where(changed, back(clipped), t)
+
+
 def clip_eigenvalues(covariance: Tensor, floor: Tensor) -> Tensor:
     """Raise the eigenvalues of ``D^-1/2 covariance D^-1/2``, ``D = diag(floor)``, to at least one.
 

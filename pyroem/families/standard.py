@@ -158,7 +158,9 @@ register_family(
                 "scale_tril",
                 forms.SCALE_TRIL,
                 _covariance_coefficients,
-                clip=lambda t, floor: forms.cholesky(forms.clip_eigenvalues(t @ t.mT, floor)),
+                clip=lambda t, floor: forms.clip_through(
+                    t, floor, lambda m: m @ m.mT, forms.cholesky
+                ),
             ),
             Coordinate(
                 "precision_matrix",
@@ -167,9 +169,7 @@ register_family(
                 _covariance_coefficients,
                 torch.cholesky_inverse,
                 lambda p: forms.cholesky(forms.inverse(p)),
-                clip=lambda t, floor: forms.inverse(
-                    forms.clip_eigenvalues(forms.inverse(t), floor)
-                ),
+                clip=lambda t, floor: forms.clip_through(t, floor, forms.inverse, forms.inverse),
             ),
         ),
     ),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from pyroem.errors import ModelError
 from pyroem.structure import Parameter, Params
 
 Objective = Callable[[Params], Tensor]
@@ -47,12 +48,16 @@ def maximise(
     def loss() -> Tensor:
         optimiser.zero_grad()
         value = -objective(constrained()) / rows
-        value.backward()
+        if value.requires_grad:
+            value.backward()
         return value
 
-    with torch.enable_grad():
-        optimiser.step(loss)
-    with torch.no_grad():
-        found = {n: v.detach() for n, v in constrained().items()}
-        before, after = objective(params), objective(found)
+    try:
+        with torch.enable_grad():
+            optimiser.step(loss)
+        with torch.no_grad():
+            found = {n: v.detach() for n, v in constrained().items()}
+            before, after = objective(params), objective(found)
+    except (ModelError, torch.linalg.LinAlgError):
+        return params  # the search strayed to where the program cannot run
     return found if after >= before else params

@@ -16,7 +16,7 @@ from pyroem.families.forms import Form
 from pyroem.mstep.blocks import Block, Rung, Use
 from pyroem.mstep.scales import search_steps
 from pyroem.mstep.sites import Reading, SiteModel, read_sites
-from pyroem.structure import Parameter, Structure, check_names
+from pyroem.structure import Parameter, Structure, base_mask, check_names
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def _closed(
         kind = type(base).__name__
         if type(base) is dist.Uniform and form.event_dim == 0:
             reason += ", Uniform prior: clipped to its bounds"
-        elif type(base) in form.conjugate and not masks and prior["mask"] is None:
+        elif type(base) in form.conjugate and not masks and base_mask(prior) is None:
             reason += f", conjugate {kind} prior"
         else:
             return numeric(f"the {kind} prior is not conjugate to the {form.name} kernel")
@@ -193,16 +193,16 @@ def bounds_of(parameter: Parameter, form: Form) -> tuple[float, float] | None:
         events += constraint.reinterpreted_batch_ndims
         constraint = constraint.base_constraint
     if "scalar" in form.domain:
-        return _interval(constraint)
+        return interval_of(constraint)
     kinds: dict[str, Any] = {
         "simplex": constraints.simplex,
         "positive_definite": constraints.positive_definite,
         "lower_cholesky": (constraints.lower_cholesky, dist.constraints.softplus_lower_cholesky),
     }
     for domain in form.domain:
-        if domain == "real_vector" and _interval(constraint) == (-torch.inf, torch.inf):
+        if domain == "real_vector" and interval_of(constraint) == (-torch.inf, torch.inf):
             return -torch.inf, torch.inf
-        if domain == "positive_vector" and _interval(constraint) == (0.0, torch.inf):
+        if domain == "positive_vector" and interval_of(constraint) == (0.0, torch.inf):
             return -torch.inf, torch.inf
         wanted = kinds.get(domain, ())
         if constraint in (wanted if isinstance(wanted, tuple) else (wanted,)):
@@ -210,7 +210,7 @@ def bounds_of(parameter: Parameter, form: Form) -> tuple[float, float] | None:
     return None
 
 
-def _interval(constraint: Any) -> tuple[float, float] | None:
+def interval_of(constraint: Any) -> tuple[float, float] | None:
     """The bounds of an elementwise constraint; None where it is none."""
     if constraint in (constraints.real, constraints.real_vector):
         return -torch.inf, torch.inf
@@ -240,4 +240,4 @@ def _interval(constraint: Any) -> tuple[float, float] | None:
     )
 
 
-__all__ = ["Block", "Plan", "Rung", "Use", "bounds_of", "make_plan"]
+__all__ = ["Block", "Plan", "Rung", "Use", "bounds_of", "interval_of", "make_plan"]

@@ -49,6 +49,7 @@ def variance_floors(
         event = shape[len(batch) :][:1]
         scale = _scatter(block, structure, event)
         if scale is not None:
+            scale = torch.where(scale.isfinite(), scale, 0.0)  # elements that no site uses
             floors[block.name] = (scale * relative).reshape(batch + event)
     return floors
 

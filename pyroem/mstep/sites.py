@@ -201,6 +201,9 @@ def read_sites(structure: Structure) -> Reading:
             if site is not None:
                 sites[name] = site
         sites = {n: sites[n] for n in traces[0].factors if n in sites}  # program order
+        for name, site in sites.items():  # data far away can hide a dependence in the last digit
+            hangs = (a.parameters for a in site.arguments.values())
+            dependence[name] = dependence[name].union(*hangs)
         sites = _scaled(sites, traces[0])
         changes = {
             (site.name, name): _location_change(site, trace, traces[0])
@@ -328,15 +331,17 @@ def _check_family(site: SiteModel, base: Any, traces: tuple[Enumerated, ...], na
         }
         density = site.family.log_density(site.centred(arguments), few, one)
         exact = _few(own.log_prob(pad(node["value"], rank, len(own.event_shape))), rank)
-        gaps.append((density - exact) * mask)
-        size += float((exact * mask).abs().max())
+        possible = (mask > 0) & exact.isfinite()  # a count above zero at rate zero is not
+        gaps.append(torch.where(possible, density - exact, 0.0))
+        size += float(torch.where(possible, exact, 0.0).abs().max())
     tolerance = 1e-6 if one.dtype == torch.float64 else 1e-2
     worst = (gaps[0] - gaps[1]).abs().max()
     if not worst <= tolerance * size:
         raise ModelError(
             f"Site '{name}': the registered family of {type(base).__name__} does not agree with its"
-            f" log_prob (difference {float(worst):g} beyond the base measure). Mend the family's"
-            " statistics, natural parameters or log-normaliser."
+            f" log_prob (difference {float(worst):g} beyond the base measure). Are the arguments"
+            " within their bounds (a scale that may become negative needs a constraint)? If the"
+            " family is your own, mend its statistics, natural parameters or log-normaliser."
         )
 
 

@@ -20,7 +20,8 @@ from pyroem.mstep.sites import SiteModel
 from pyroem.statistics import Statistics
 from pyroem.structure import Params
 
-MAX_SWEEPS = 50
+THOROUGH = (50, 200)  # sweeps over interacting blocks, L-BFGS iterations in each
+QUICK = (3, 20)
 SWEEP_TOLERANCE = 1e-9
 GRADIENT_STEPS = 10
 SMALLEST = {torch.float64: 1e-100, torch.float32: 1e-30}
@@ -72,14 +73,15 @@ def m_step(
     expected: Expected,
     floor: Mapping[str, Tensor] | None = None,
     only: frozenset[str] | None = None,
-    sweeps: int = MAX_SWEEPS,
+    effort: tuple[int, int] = THOROUGH,
 ) -> Params:
     """New parameters with at least the expected log-joint of ``params``.
 
     Blocks that interact (a shared mean with several variances) are updated in turn until they
-    settle, at most ``sweeps`` times; ``only`` restricts the update to some parameters (for a
-    partial start).
+    settle, or as often as the ``effort`` allows; what is left to gain, the next M-step gains.
+    ``only`` restricts the update to some parameters (for a partial start).
     """
+    sweeps, iterations = effort
     chosen = [
         b
         for b in plan.blocks.values()
@@ -96,7 +98,7 @@ def m_step(
             current = {**current, block.name: value}
         if numeric:
             names = [b.name for b in numeric]
-            current = {**current, **_on_statistics(plan, names, current, expected)}
+            current = {**current, **_on_statistics(plan, names, current, expected, iterations)}
         if gradient and sweep == 0:
             names = [b.name for b in gradient]
             current = {**current, **_on_data(plan, names, current, expected)}
@@ -223,7 +225,9 @@ def _priors_touched(plan: Plan, names: list[str]) -> list[str]:
     return [p for p, depends in hangs.items() if p in names or depends & set(names)]
 
 
-def _on_statistics(plan: Plan, names: list[str], params: Params, expected: Expected) -> Params:
+def _on_statistics(
+    plan: Plan, names: list[str], params: Params, expected: Expected, iterations: int
+) -> Params:
     """Maximise over ``names`` together, on the expected statistics alone."""
     sites = [plan.reading.sites[s] for s, d in plan.reading.dependence.items() if d & set(names)]
     priors = _priors_touched(plan, names)
@@ -244,7 +248,7 @@ def _on_statistics(plan: Plan, names: list[str], params: Params, expected: Expec
         {n: params[n] for n in names},
         plan.structure.parameters,
         plan.steps,
-        max_iter=200,
+        max_iter=iterations,
         rows=plan.structure.num_rows,
     )
 
