@@ -83,6 +83,14 @@ def from_evidence(
     return problem.m_step(params, expected, only, effort=QUICK)
 
 
+def placed(problem: Problem, params: Params) -> Params:
+    """``params`` with free locations and scales of sites without a family brought to the data."""
+    free = {n: v for n, v in params.items() if n in problem.free}
+    for landmark in problem.plan.reading.landmarks.values():
+        free = landmark.place(free)
+    return {**params, **free}
+
+
 def escape(problem: Problem, params: Params, iterations: int = 30) -> float:
     """The objective after EM iterations from ``params`` with their responsibilities disturbed.
 

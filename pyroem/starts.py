@@ -13,7 +13,7 @@ from torch import Tensor
 from pyroem._pyro import isolated
 from pyroem.diagnose import collapsed
 from pyroem.errors import SettingError
-from pyroem.guesses import from_evidence, guessed
+from pyroem.guesses import from_evidence, guessed, placed
 from pyroem.mstep.plan import Rung
 from pyroem.problem import Problem
 from pyroem.structure import Params, check_names
@@ -73,7 +73,7 @@ def starts(
         return iter([Start(_drawn(problem, seed + i), how) for i in range(count)])
     if init == "auto":
         return _auto(problem, program, count, seed, report)
-    pooled = from_evidence(problem, program, {}, None)
+    pooled = from_evidence(problem, placed(problem, program), {}, None)
     return iter([_guess(problem, pooled, init, seed + i) for i in range(count)])
 
 
@@ -214,7 +214,7 @@ def _race(
     """
     (tries, laps), clock = _extent(problem), time.perf_counter()
     only = frozenset(problem.free) - kept if kept else None
-    pooled = from_evidence(problem, program, {}, None, only)
+    pooled = from_evidence(problem, placed(problem, program), {}, None, only)
     fields: list[list[_Run]] = [[], []]
     try:
         for field, method, many in zip(

@@ -670,6 +670,17 @@ def test_a_wrong_family_is_found_out(own_registry: None) -> None:
     register_family(Rayleigh, wrong)
     with pytest.raises(ModelError, match=r"'x'.*Rayleigh.*log_prob"):
         EM().fit(rayleigh_mixture, rayleigh_data())
+    formula = Coordinate("scale", "scale", forms.SCALE, lambda s, w, args: (3 * w, 0.5 * s[0]))
+    wrong = exponential_family(
+        ("scale",),
+        lambda x: (x**2,),
+        lambda s: (-0.5 * s**-2.0,),
+        lambda s: 2 * s.log(),
+        (formula,),
+    )
+    register_family(Rayleigh, wrong)
+    with pytest.raises(ModelError, match=r"'x'.*'scale'.*Rayleigh.*coefficients"):
+        EM().fit(rayleigh_mixture, rayleigh_data())
     with pytest.raises(SettingError, match="register_family"):
         register_family(Rayleigh, 3)  # type: ignore[arg-type]
 

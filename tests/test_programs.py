@@ -265,6 +265,25 @@ def test_columns_that_depend_on_one_another(second: Callable[[Tensor], Tensor]) 
         assert fit.status is Status.DEGENERATE and "cov[0], cov[1]" in fit.message
 
 
+@pytest.mark.parametrize("kind", [dist.Laplace, lambda m, s: dist.StudentT(4.0, m, s)])
+@pytest.mark.parametrize("solver", [EM(), MAP()], ids=["EM", "MAP"])
+def test_families_without_an_entry_far_from_the_origin(solver: Any, kind: Any) -> None:
+    def model(x: Tensor) -> None:
+        loc = pyro.param("loc", lambda: torch.randn(2))
+        scale = pyro.param("scale", torch.ones(2), constraint=constraints.positive)
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2))
+            pyro.sample("x", kind(loc[z], scale[z]), obs=x)
+
+    x = PAIR.double()
+    here, far = (solver.fit(model, data) for data in (x, 1e3 * x + 1e6))
+    kinked = kind is dist.Laplace and isinstance(solver, MAP)  # a line search may stop at a kink
+    assert far.converged or (kinked and far.status is Status.STALLED)
+    change = 60 * np.log(1e3)
+    assert far.log_joint == pytest.approx(here.log_joint - change, abs=1e-2)
+    assert sorted(far.params["loc"].tolist()) == pytest.approx([1e6, 1.004e6], abs=600)
+
+
 def test_guesses_are_different_starts() -> None:
     fit = EM(max_iter=3).fit(pair, PAIR, init="auto", restarts=4)
     assert len(fit.restarts) >= 4

@@ -11,8 +11,9 @@ from pyro import distributions as dist
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyroem._pyro import unwrap
+from pyroem._pyro import isolated, unwrap
 from pyroem.families.forms import Form
+from pyroem.mstep.agreement import check_families
 from pyroem.mstep.blocks import Block, Rung, Use
 from pyroem.mstep.scales import search_steps
 from pyroem.mstep.sites import Reading, SiteModel, read_sites
@@ -49,6 +50,8 @@ def make_plan(structure: Structure, fixed: Iterable[str] = ()) -> Plan:
     fixed = frozenset(fixed)
     check_names(fixed, structure.parameters, "fixed")
     reading = read_sites(structure)
+    with isolated(structure.program.dtype, 0), torch.no_grad():
+        check_families(reading.sites.values(), reading.traces, reading.points[0])
     blocks = {}
     for name, parameter in structure.parameters.items():
         if name in fixed:

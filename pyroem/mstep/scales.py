@@ -97,6 +97,10 @@ def _general_step(structure: Structure, reading: Reading, name: str) -> float:
         change = reading.location_changes.get((site.name, name))
         if change and site.scale is not None:
             found.append(float(site.scale.sqrt().mean()) * moved / change)
+    for site_name, mark in reading.landmarks.items():
+        change = reading.location_changes.get((site_name, name))
+        if change:
+            found.append(mark.spread * moved / change)
     return min(found, default=1.0)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from pyroem._pyro import Enumerated, isolated, unwrap
 from pyroem.errors import ModelError, PyroemError
 from pyroem.families import Arguments, Family, family_of
+from pyroem.mstep.landmarks import Landmark, find_landmark
 from pyroem.mstep.selection import Selection, find
 from pyroem.statistics import SiteStatistics, weighted_sum
 from pyroem.structure import Params, Structure, base_mask
@@ -162,7 +163,8 @@ class Reading:
 
     ``sites`` are those with a family; ``dependence`` gives, for every factor site and every prior,
     the parameters it depends on (a prior's own value apart); ``location_changes`` how far a site's
-    location moved when a parameter went from the first point to the second.
+    location moved when a parameter went from the first point to the second; ``landmarks`` where
+    the data of the sites without a family lies.
     """
 
     sites: dict[str, SiteModel]
@@ -171,6 +173,7 @@ class Reading:
     traces: tuple[Enumerated, Enumerated]
     points: tuple[Params, Params]
     location_changes: dict[tuple[str, str], float]
+    landmarks: dict[str, Landmark]
 
 
 def read_sites(structure: Structure) -> Reading:
@@ -205,23 +208,32 @@ def read_sites(structure: Structure) -> Reading:
             hangs = (a.parameters for a in site.arguments.values())
             dependence[name] = dependence[name].union(*hangs)
         sites = _scaled(sites, traces[0])
+        landmarks = {}
+        for name in structure.observations:
+            mark = None if name in sites else find_landmark(structure, name, traces, points)
+            if mark is not None:
+                landmarks[name] = mark
+        located = [s.name for s in sites.values() if s.family.location is not None]
         changes = {
-            (site.name, name): _location_change(site, trace, traces[0])
-            for site in sites.values()
-            if site.family.location is not None
+            (site, name): _location_change(site, trace, traces[0])
+            for site in (*located, *landmarks)
             for name, trace in moved.items()
         }
-    return Reading(sites, dependence, prior_dependence, (traces[0], traces[1]), points, changes)
+    pair = (traces[0], traces[1])
+    return Reading(sites, dependence, prior_dependence, pair, points, changes, landmarks)
 
 
 def _moves(a: Enumerated, b: Enumerated, site: str) -> bool:
     return not _same(a.factors[site].tensor, b.factors[site].tensor)
 
 
-def _location_change(site: SiteModel, a: Enumerated, b: Enumerated) -> float:
-    bases = [unwrap(t.trace.nodes[site.name]["fn"])[0] for t in (a, b)]
-    first, second = (site.family.arguments(base)[str(site.family.location)] for base in bases)
-    return float((first - second).abs().max())
+def _location_change(site: str, a: Enumerated, b: Enumerated) -> float:
+    first, second = (unwrap(t.trace.nodes[site]["fn"])[0] for t in (a, b))
+    family = family_of(first)
+    if family is None:
+        return float((first.loc - second.loc).abs().max())
+    key = str(family.location)
+    return float((family.arguments(first)[key] - family.arguments(second)[key]).abs().max())
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -295,7 +307,6 @@ def _read_site(
     statistics = family.statistics(base, x if centre is None else x - centre)
     statistics = tuple(pad(t, rank, e) for t, e in zip(statistics, family.event_dims, strict=True))
     site = replace(site, sufficient=statistics, centre=centre)
-    _check_family(site, base, traces, name)
     return site
 
 
@@ -310,45 +321,6 @@ def _confirmed(site: SiteModel, point: Params, trace: Enumerated) -> SiteModel:
             argument = replace(argument, selection=None)
         arguments[key] = argument
     return replace(site, arguments=arguments)
-
-
-def _check_family(site: SiteModel, base: Any, traces: tuple[Enumerated, ...], name: str) -> None:
-    """The family must agree with the distribution's own log_prob, up to the base measure.
-
-    It is tried on a few rows and states, at both probes.
-    """
-    rank = len(site.shape)
-    few = tuple(_few(t, rank) for t in site.sufficient)
-    one = torch.ones((1,) * rank, dtype=site.sufficient[0].dtype)
-    mask = one if site.mask is None else _few(site.mask, rank)
-    gaps, size = [], 1.0
-    for trace in traces:
-        node = trace.trace.nodes[name]
-        own, _, _ = unwrap(node["fn"])
-        arguments = {
-            k: _few(pad(v, rank, site.arguments[k].event_dim), rank)
-            for k, v in site.family.arguments(own).items()
-        }
-        density = site.family.log_density(site.centred(arguments), few, one)
-        exact = _few(own.log_prob(pad(node["value"], rank, len(own.event_shape))), rank)
-        possible = (mask > 0) & exact.isfinite()  # a count above zero at rate zero is not
-        gaps.append(torch.where(possible, density - exact, 0.0))
-        size += float(torch.where(possible, exact, 0.0).abs().max())
-    tolerance = 1e-6 if one.dtype == torch.float64 else 1e-2
-    worst = (gaps[0] - gaps[1]).abs().max()
-    if not worst <= tolerance * size:
-        raise ModelError(
-            f"Site '{name}': the registered family of {type(base).__name__} does not agree with its"
-            f" log_prob (difference {float(worst):g} beyond the base measure). Are the arguments"
-            " within their bounds (a scale that may become negative needs a constraint)? If the"
-            " family is your own, mend its statistics, natural parameters or log-normaliser."
-        )
-
-
-def _few(x: Tensor, rank: int, most: int = 32) -> Tensor:
-    for dim in range(rank):
-        x = x.narrow(dim, 0, min(most, x.shape[dim]))
-    return x
 
 
 def _scaled(sites: dict[str, SiteModel], trace: Enumerated) -> dict[str, SiteModel]:
