@@ -67,6 +67,19 @@ def dead(problem: Problem, expected: Expected) -> list[str]:
     return messages
 
 
+def slope(problem: Problem, params: Params) -> float:
+    """The largest element of the objective's gradient per row, in units of ``plan.steps``."""
+    parameters, steps = problem.structure.parameters, problem.plan.steps
+    raw = {n: (parameters[n].unconstrain(params[n]) / steps[n]).detach() for n in problem.free}
+    leaves = [r.requires_grad_() for r in raw.values()]
+    with torch.enable_grad():
+        values = {n: parameters[n].constrain(r * steps[n]) for n, r in raw.items()}
+        log_likelihood, log_prior = problem.log_joint({**params, **values})
+        total = (log_likelihood + log_prior) / problem.rows
+        grads = torch.autograd.grad(total, leaves, allow_unused=True)
+    return max((float(g.abs().max()) for g in grads if g is not None and g.numel()), default=0.0)
+
+
 def _counts(problem: Problem, z: str, expected: Expected, num_states: int) -> Tensor:
     """Expected number of rows in each state."""
     values = expected.statistics[z].values

@@ -19,6 +19,7 @@ from pyroem.errors import ModelError
 from pyroem.problem import Problem
 from pyroem.structure import Params
 
+NOISE = {torch.float64: 1e-10, torch.float32: 2e-5}  # rounding of the objective, relative
 LOOK = 50  # iterations after which a gradient search is looked at for a collapse
 STILL = 10  # iterations without any movement after which a search has stalled
 
@@ -154,7 +155,7 @@ def iterate(
         return Outcome(state, Status.NON_FINITE, tuple(history), message)
     if interrupted:
         return Outcome(state, Status.INTERRUPTED, tuple(history))
-    noise = 1e-10 if problem.structure.program.dtype == torch.float64 else 2e-5
+    noise = NOISE[problem.structure.program.dtype]
     status, message, calm, still, fallen = Status.MAX_ITER, "", 0, 0, False
     try:
         for iteration in range(1, rule.max_iter + 1):
@@ -178,9 +179,8 @@ def iterate(
                 f" iteration {iteration}/{rule.max_iter}  log_joint {record.log_joint:.6f}"
                 f"  change/row {change / problem.rows:.2e}  {record.seconds:.1f} s"
             )
-            resolution = _resolution(problem, state, noise)
-            settled = abs(change) / problem.rows <= max(rule.tol, resolution)
-            level = new.slope <= 10 * (rule.tol + resolution) ** 0.5
+            settled = abs(change) / problem.rows <= max(rule.tol, _resolution(problem, state))
+            level = new.slope <= steepest(problem, state, rule.tol)
             still = still + 1 if moved == 0 and change == 0 else 0
             calm = calm + 1 if settled and level and moved <= rule.param_tol else 0
             if calm >= rule.patience:
@@ -208,11 +208,16 @@ def _attempt(step: Callable[[], State], state: State) -> State:
         return replace(state, log_joint=math.nan, note=" ".join(str(error).split()))
 
 
-def _resolution(problem: Problem, state: State, noise: float) -> float:
+def _resolution(problem: Problem, state: State) -> float:
     """In float32 the objective itself is known to so much a row only."""
     if problem.structure.program.dtype == torch.float64:
         return 0.0
-    return 1e-2 * noise * abs(state.log_joint) / problem.rows
+    return 1e-2 * NOISE[torch.float32] * abs(state.log_joint) / problem.rows
+
+
+def steepest(problem: Problem, state: State, tol: float) -> float:
+    """The largest gradient per row that an optimum may have."""
+    return 10 * math.sqrt(tol + _resolution(problem, state))
 
 
 def _finite(state: State) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from pyro import distributions as dist
 from pyro.distributions import constraints
 from torch import Tensor
 
@@ -161,7 +162,7 @@ def _classify(nodes: Mapping[str, Site]) -> _Kinds:
         check_frames(name, site)
         if is_plate_site(site):
             check_plate(name, site)
-        elif site["is_observed"]:
+        elif site["is_observed"] or isinstance(site["fn"], dist.Unit):
             check_batch(name, site)
             kinds.observations.append(name)
         elif (

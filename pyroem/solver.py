@@ -10,11 +10,12 @@ from typing import Any, ClassVar
 import torch
 
 from pyroem._pyro import isolated
-from pyroem.diagnose import collapsed, dead
+from pyroem.diagnose import collapsed, dead, slope
 from pyroem.errors import ModelError, SettingError
 from pyroem.fit import Fit
 from pyroem.guesses import escape
-from pyroem.loop import Outcome, Progress, Restart, Rule, State, Status, iterate
+from pyroem.loop import Outcome, Progress, Restart, Rule, State, Status, iterate, steepest
+from pyroem.mstep.plan import Rung
 from pyroem.problem import Problem, pose
 from pyroem.starts import Start, starts
 from pyroem.structure import Params
@@ -185,7 +186,7 @@ class Solver:
             progress=Progress(label, self.progress),
             interrupted=start.interrupted,
         )
-        return _judge(problem, start, outcome)
+        return _judge(problem, self, start, outcome)
 
 
 def _rank(run: Outcome) -> tuple[bool, bool, float]:
@@ -196,7 +197,7 @@ def _rank(run: Outcome) -> tuple[bool, bool, float]:
     return finite, healthy, value if finite else -math.inf
 
 
-def _judge(problem: Problem, start: Start, outcome: Outcome) -> Outcome:
+def _judge(problem: Problem, solver: Solver, start: Start, outcome: Outcome) -> Outcome:
     """Look at where a run ended: collapse and symmetry overrule convergence."""
     params = outcome.state.params
     failed = outcome.status in (Status.NON_FINITE, Status.DECREASED)
@@ -221,6 +222,12 @@ def _judge(problem: Problem, start: Start, outcome: Outcome) -> Outcome:
             z, pairs = next(iter(stuck.items()))
             message = f"states {pairs[0][0]} and {pairs[0][1]} of '{z}' started alike and stayed so"
             return replace(outcome, status=Status.SYMMETRIC, message=message)
+    numeric = plan.on(Rung.ON_STATISTICS) or plan.on(Rung.GRADIENT)
+    if outcome.status is Status.CONVERGED and numeric and solver.monotone:
+        steep = slope(problem, params)
+        if steep > steepest(problem, outcome.state, solver.tol):
+            message = f"the gradient per row is still {steep:.2g}"
+            return replace(outcome, status=Status.STALLED, message=message)
     alike = coinciding(structure, plan, params, ALIKE)
     if alike and not outcome.message:
         z, pairs = next(iter(alike.items()))

@@ -497,7 +497,7 @@ def test_a_collapse_calls_the_reserve(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = BY_NAME["gaussian_mixture"]
     verdicts = iter([Status.DEGENERATE, Status.DEGENERATE, Status.CONVERGED])
 
-    def judge(problem: Any, start: Any, outcome: Any) -> Any:
+    def judge(problem: Any, solver: Any, start: Any, outcome: Any) -> Any:
         return replace(outcome, status=next(verdicts))
 
     monkeypatch.setattr(pyroem.solver, "_judge", judge)
