@@ -159,6 +159,8 @@ def check_dependence(
                 " because the program draws random numbers. Draw them before the fit, and pass"
                 " them in as data."
             )
+    if not leaves:
+        return
     if not total.requires_grad:
         grads: list[Tensor | None] = [None] * len(leaves)
     else:

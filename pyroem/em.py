@@ -22,7 +22,6 @@ class EM(Solver):
     steps; ``Fit.explain()`` says which and why. No iteration lowers the objective.
 
     Source: Dempster, Laird and Rubin (1977); Meng and Rubin (1993) for blocks updated in turn.
-    Settings are those of :class:`~pyroem.solver.Solver`.
     """
 
     name = "EM"

@@ -56,8 +56,7 @@ class MAP(Solver):
 
     Converged means, beside the rule for all solvers, that no element of the gradient per row is
     larger than ``10 sqrt(tol)``. The objective is divided by the number of rows before
-    differentiation. The best point seen is returned. All other settings are those of
-    :class:`~pyroem.solver.Solver`.
+    differentiation. The best point seen is returned.
     """
 
     optimizer: Any = field(default="lbfgs", kw_only=False)

@@ -25,12 +25,9 @@ SADDLE = 1e-5  # nats a row that moving states apart gains at a saddle
 ALIKE = 1e-2  # nats; two states are alike where no log-probability differs by more
 
 
-@dataclass(frozen=True, kw_only=True)
-class Solver:
-    """Settings that all solvers share. A solver holds settings only; ``fit`` takes the problem.
-
-    Parameters
-    ----------
+SETTINGS = """
+    Settings of every solver
+    ------------------------
     tol
         Stop when the objective changes by no more than this (in nats a row) ...
     param_tol
@@ -48,6 +45,11 @@ class Solver:
         Show a line of progress on stderr.
     """
 
+
+@dataclass(frozen=True, kw_only=True)
+class Solver:
+    """Settings that all solvers share. A solver holds settings only; ``fit`` takes the problem."""
+
     tol: float = 1e-8
     param_tol: float = 1e-5
     max_iter: int = 1000
@@ -57,6 +59,9 @@ class Solver:
     progress: bool = False
 
     name: ClassVar[str] = "solver"
+
+    def __init_subclass__(cls) -> None:
+        cls.__doc__ = (cls.__doc__ or "").rstrip() + "\n" + SETTINGS
 
     def __post_init__(self) -> None:
         own = type(self).__name__

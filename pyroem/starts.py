@@ -225,7 +225,7 @@ def _race(
                 guess = _guess(problem, pooled, method, 100 * seed + i, only)
                 field.append(_Run(problem, guess))
         guesses = sum(map(len, fields))
-        for length, share in laps:
+        for length, share in laps if count == 1 else laps[:2]:
             for i, field in enumerate(fields):
                 for run in field:
                     report(f"{sum(map(len, fields))} of {guesses} guesses in the race")

@@ -133,8 +133,10 @@ def exponential_family(
     ``arguments`` names attributes of the distribution; ``natural`` and ``log_normaliser`` take
     them in that order::
 
-        register_family(dist.Rayleigh, exponential_family(
+        register_family(MyRayleigh, exponential_family(
             ("scale",), lambda x: (x**2,), lambda s: (-0.5 * s**-2,), lambda s: 2 * s.log()))
+
+    (``MyRayleigh`` is the user's class, with an attribute ``scale`` and a ``log_prob``.)
     """
 
     def log_density(args: Arguments, stats: Statistics, weight: Tensor) -> Tensor:
