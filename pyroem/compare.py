@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from pyroem._pyro import isolated
 from pyroem.em import EM
-from pyroem.errors import SettingError
+from pyroem.errors import ModelError, SettingError
 from pyroem.estep.trace import posterior
 from pyroem.fit import Fit
 from pyroem.gradient import MAP
@@ -199,7 +200,8 @@ def compare(
                 show = Progress("", any(s.progress for s in chosen.values()))
                 common = list(islice(starts(problem, init, restarts, seed, show), restarts))
                 show.close()
-            solver.begin(problem, common[0].params)  # what is made once is not on the clock
+            with suppress(ModelError, torch.linalg.LinAlgError):  # the run itself will say so
+                solver.begin(problem, common[0].params)  # what is made once is not on the clock
             fits[name] = solver.solve(problem, common, restarts)
         if fits[name].status is Status.INTERRUPTED:
             break

@@ -467,6 +467,14 @@ def test_interrupted() -> None:
     assert fit.log_joint == pytest.approx(fit.history[-1].log_joint)
 
 
+def test_an_interrupt_ends_a_comparison() -> None:
+    problem = BY_NAME["gaussian_mixture"]
+    solvers = {"a": EM(max_iter=5), "b": Interrupted(), "c": EM()}
+    table = pyroem.compare(problem.model, *problem.data, solvers=solvers, init="kmeans")
+    assert [row.name for row in table.rows] == ["a", "b"]
+    assert table.rows[1].status == "interrupted" and table.best in ("a", "b")
+
+
 def test_interrupted_search_for_a_start(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = 0
     inner = pyroem.problem.Problem.e_step
