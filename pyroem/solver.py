@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from pyroem._pyro import isolated
-from pyroem.diagnose import collapsed, dead, slope
+from pyroem.diagnose import MARGIN, collapsed, dead, slope
 from pyroem.errors import ModelError, SettingError
 from pyroem.fit import Fit
 from pyroem.guesses import escape
@@ -172,7 +172,12 @@ class Solver:
         runs: list[tuple[Start, Outcome]] = []
         coming = iter(chosen)
         while len(runs) < count or not any(_rank(run)[1] for _, run in runs):
-            start = next(coming, None)
+            try:
+                start = next(coming, None)
+            except KeyboardInterrupt:
+                if not runs:
+                    raise
+                start = None
             if start is None:
                 break
             label = self.name if count == 1 else f"{self.name} start {len(runs) + 1}"
@@ -207,7 +212,7 @@ def _judge(problem: Problem, solver: Solver, start: Start, outcome: Outcome) -> 
     params = outcome.state.params
     failed = outcome.status in (Status.NON_FINITE, Status.DECREASED)
     # Close to the floor rounding may lower the objective: that is the collapse, not a defect.
-    problems = collapsed(problem, params, 1e4 if failed else 1.0001)
+    problems = collapsed(problem, params, 1e4 if failed else MARGIN)
     if not failed:
         problems += dead(problem, problem.e_step(params)[0])
     if outcome.status is Status.INTERRUPTED:
@@ -252,7 +257,7 @@ def _finish(
     with torch.no_grad():
         try:
             log_likelihood, log_prior = (float(v) for v in problem.log_joint(params))
-        except ModelError:
+        except (ModelError, torch.linalg.LinAlgError):
             log_likelihood = log_prior = math.nan
     restarts = tuple(Restart(r.state.log_joint, r.status, len(r.history) - 1) for r in runs)
     return Fit(
