@@ -153,7 +153,7 @@ class _Kinds:
 
 def _classify(nodes: Mapping[str, Site]) -> _Kinds:
     kinds = _Kinds([], [], [], [])
-    continuous = []
+    continuous, missing = [], []
     for name, site in nodes.items():
         if site["type"] == "param":
             kinds.parameters.append(name)
@@ -169,9 +169,11 @@ def _classify(nodes: Mapping[str, Site]) -> _Kinds:
             name.endswith("_unobserved")
             and name[: -len("un") - len("observed")] + "observed" in nodes
         ):
-            kinds.imputed.append(name)
             if site["fn"].has_enumerate_support:
+                kinds.imputed.append(name)
                 kinds.assignments.append(name)
+            else:
+                missing.append(name)
         elif site["fn"].has_enumerate_support:
             check_batch(name, site)
             kinds.assignments.append(name)
@@ -194,6 +196,12 @@ def _classify(nodes: Mapping[str, Site]) -> _Kinds:
         for n in (*kinds.observations, *kinds.assignments)
     }
     unit = _unit(rows, kinds.assignments, kinds.observations)
+    for name in missing:
+        outside = unit and not any(f.name in unit for f in plate_frames(nodes[name]))
+        if outside and not nodes[name]["fn"].support.is_discrete and not in_markov(nodes[name]):
+            kinds.parameters.append(name)  # the unknown part of a parameter that is partly known
+        else:
+            kinds.imputed.append(name)
     for name in continuous:
         site = nodes[name]
         shared = [f.name for f in plate_frames(site) if f.name in unit]
@@ -269,7 +277,8 @@ def _unit(
     plates: Mapping[str, tuple[str, ...]], assignments: list[str], observations: list[str]
 ) -> tuple[str, ...]:
     """The plates common to all assignments that are in plates, else to all observations."""
-    members = [plates[n] for n in assignments if plates[n]] or [plates[n] for n in observations]
+    members = [plates[n] for n in assignments if plates[n]]
+    members = members or [plates[n] for n in observations if plates[n]]
     if not members:
         return ()
     common = set(members[0]).intersection(*members[1:])

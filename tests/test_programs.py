@@ -162,6 +162,43 @@ def test_some_labels_are_known() -> None:
     assert a.log_likelihood == pytest.approx(float(by_hand))
 
 
+def test_a_parameter_is_partly_known() -> None:
+    known, values = torch.tensor([True, False, False]), torch.tensor([-6.0, 0.0, 0.0])
+
+    def model(x: Tensor) -> None:
+        weights = pyro.param("weights", torch.ones(3) / 3, constraint=constraints.simplex)
+        prior = dist.Normal(torch.zeros(3), 10.0)
+        with pyro.plate("states", 3):
+            loc = pyro.sample("loc", prior, obs=values, obs_mask=known)
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Categorical(weights))
+            pyro.sample("x", dist.Normal(loc[z], 1.0), obs=x)
+
+    x = torch.cat([PAIR.double(), torch.full((7,), -6.1, dtype=torch.float64)])
+    a, b = (s.fit(model, x) for s in (EM(), MAP()))
+    assert a.converged and a.log_joint == pytest.approx(b.log_joint, abs=1e-5)
+    found = a.params["loc_unobserved"][1:]
+    assert sorted(found.tolist()) == pytest.approx([0, 4], abs=0.5)
+    locs = torch.cat([values[:1].double(), found])
+    each = a.params["weights"].log() + dist.Normal(locs, 1.0).log_prob(x[:, None])
+    torch.testing.assert_close(a.log_prob(), each.logsumexp(1))
+
+
+def test_a_parameter_is_conditioned_on() -> None:
+    def model(x: Tensor) -> None:
+        weights = pyro.sample("weights", dist.Dirichlet(torch.ones(2)))
+        loc = pyro.param("loc", torch.tensor([0.0, 3.0]))
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Categorical(weights))
+            pyro.sample("x", dist.Normal(loc[z], 1.0), obs=x)
+
+    given = pyro.condition(model, {"weights": torch.tensor([0.5, 0.5])})
+    fit = EM().fit(given, PAIR)
+    assert fit.converged and set(fit.params) == {"loc"}
+    each = dist.Normal(fit.params["loc"], 1.0).log_prob(PAIR.double()[:, None]) - np.log(2)
+    torch.testing.assert_close(fit.log_prob(), each.logsumexp(1))
+
+
 def test_a_mask_of_true_changes_nothing() -> None:
     def model(x: Tensor) -> None:
         with poutine.mask(mask=True):

@@ -131,17 +131,21 @@ class Enumerated:
     def row_log_likelihood(
         self, tensors: Mapping[str, Tensor], unit: tuple[str, ...]
     ) -> tuple[Tensor, bool]:
-        """The log-likelihood of each element of the plates ``unit``; whether that is all of it."""
+        """The log-likelihood of each element of the plates ``unit``; whether they are independent.
+
+        They are not where an assignment outside these plates ties them together. Observations
+        outside (of a parameter) that no assignment touches are left out.
+        """
         symbols = "".join(self.plates[name] for name in unit)
-        total, complete = torch.zeros([1] * len(symbols)), True
+        total, states = torch.zeros([1] * len(symbols)), set(self.states.values())
+        outside = (f for f in self.factors.values() if not f.ordinal >= set(symbols))
+        complete = not any(states & set(f.dims) for f in outside)
         for ordinal, term in self.contract(tensors):
             if ordinal >= set(symbols):
                 rest = [i for i, d in enumerate(_dims(term)) if d not in symbols]
                 dims = "".join(d for d in _dims(term) if d in symbols)
                 row = term.sum(rest) if rest else term[...]
                 total = total + align(row, dims, symbols)
-            else:
-                complete = False
         return total * self.scale, complete
 
     def unpack(self, name: str, packed_tensor: Tensor) -> Tensor:
