@@ -19,6 +19,7 @@ from torch import Tensor
 import pyroem
 from pyroem import datasets, plot
 from pyroem.errors import PyroemError
+from pyroem.loop import Status
 from pyroem.models.gaussian import Covariance, gaussian_mixture
 
 SOLVERS = {"em": "EM", "adam": "MAP (Adam)", "lbfgs": "MAP (L-BFGS)"}
@@ -52,18 +53,18 @@ class Data:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status.
 
-    0 for success, 2 when the request is at fault, 130 when interrupted before there was a fit.
+    0 for success, 2 when the request is at fault, 130 when interrupted.
     """
     try:
         options = _parser().parse_args(argv)
-        options.run(options)
+        code: int = options.run(options)
     except (UsageError, PyroemError, OSError) as error:
         print(f"pyroem: error: {_one_line(error)}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         print("pyroem: interrupted before there was a fit", file=sys.stderr)
         return INTERRUPTED
-    return 0
+    return code
 
 
 class _Parser(argparse.ArgumentParser):
@@ -138,13 +139,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _datasets(options: argparse.Namespace) -> None:
+def _datasets(options: argparse.Namespace) -> int:
     for name in datasets.names():
         columns, values = datasets.load(name)
         print(f"{name}: {len(values)} rows, columns {', '.join(columns)}")
+    return 0
 
 
-def _compare(options: argparse.Namespace) -> None:
+def _compare(options: argparse.Namespace) -> int:
     data = _load(options.data, options.columns)
     if len(data.values) < options.components:
         raise UsageError(
@@ -176,6 +178,9 @@ def _compare(options: argparse.Namespace) -> None:
     fit = compared.fits[best]
     weights, means, covariances = plot.mixture_moments(fit.params)
     sds = covariances.diagonal(dim1=-2, dim2=-1).sqrt()
+    stopped = any(f.status is Status.INTERRUPTED for f in compared.fits.values())
+    if stopped:
+        print(f"Interrupted. Not run: {', '.join(compared.missing) or 'none'}.")
     for name, ended in compared.fits.items():
         if ended.message:
             print(f"{name}: {ended.status}: {ended.message}")
@@ -201,6 +206,7 @@ def _compare(options: argparse.Namespace) -> None:
     if picture is not None:
         plot.report(compared, fit.params, data.values, data.columns).savefig(picture)
         print(f"\nPicture written to {picture}")
+    return INTERRUPTED if stopped else 0
 
 
 def _load(source: str, columns: list[str] | None) -> Data:

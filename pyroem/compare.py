@@ -20,6 +20,7 @@ from pyroem.errors import ModelError, SettingError
 from pyroem.estep.trace import posterior
 from pyroem.fit import Fit
 from pyroem.gradient import MAP
+from pyroem.interrupt import deferred, pressed
 from pyroem.loop import Progress, Status
 from pyroem.problem import Problem, pose
 from pyroem.solver import Solver
@@ -61,11 +62,14 @@ class Comparison:
         Every solver's :class:`~pyroem.fit.Fit`, by name.
     best
         The name of the fit with the highest objective; a collapsed one only if all are.
+    missing
+        The solvers that an interrupt kept from running.
     """
 
     rows: list[Row]
     fits: dict[str, Fit]
     best: str
+    missing: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings: the rows, and every solver's history."""
@@ -125,6 +129,8 @@ class Comparison:
             ).rstrip()
             for row in table
         ]
+        if self.missing:
+            lines.append(f"interrupted; not run: {', '.join(self.missing)}")
         return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
     def __repr__(self) -> str:
@@ -181,33 +187,34 @@ def compare(
     problems: dict[Any, Problem] = {}
     fits: dict[str, Fit] = {}
     common = None
-    for name, solver in chosen.items():
-        key = (solver.dtype, solver.fixed, solver.floor)
-        if key not in problems:
-            problems[key] = pose(
-                model,
-                args,
-                kwargs,
-                dtype=solver.dtype,
-                fixed=solver.fixed,
-                floor=solver.floor,
-                weights=weights,
-            )
-        problem = problems[key]
-        solver.check(problem)
-        with isolated(solver.dtype, seed):
-            if common is None:
-                show = Progress("", any(s.progress for s in chosen.values()))
-                common = list(islice(starts(problem, init, restarts, seed, show), restarts))
-                show.close()
-            with suppress(ModelError, torch.linalg.LinAlgError):  # the run itself will say so
-                solver.begin(problem, common[0].params)  # what is made once is not on the clock
-            fits[name] = solver.solve(problem, common, restarts)
-        if fits[name].status is Status.INTERRUPTED:
-            break
+    with deferred():
+        for name, solver in chosen.items():
+            key = (solver.dtype, solver.fixed, solver.floor)
+            if key not in problems:
+                problems[key] = pose(
+                    model,
+                    args,
+                    kwargs,
+                    dtype=solver.dtype,
+                    fixed=solver.fixed,
+                    floor=solver.floor,
+                    weights=weights,
+                )
+            problem = problems[key]
+            solver.check(problem)
+            with isolated(solver.dtype, seed):
+                if common is None:
+                    show = Progress("", any(s.progress for s in chosen.values()))
+                    common = list(islice(starts(problem, init, restarts, seed, show), restarts))
+                    show.close()
+                with suppress(ModelError, torch.linalg.LinAlgError):  # the run itself will say so
+                    solver.begin(problem, common[0].params)  # what is made once is not on the clock
+                fits[name] = solver.solve(problem, common, restarts)
+            if fits[name].status is Status.INTERRUPTED or pressed():
+                break
     best = max(fits, key=lambda name: _rank(fits[name]))
     rows = [_row(name, fit, fits[best]) for name, fit in fits.items()]
-    return Comparison(rows, fits, best)
+    return Comparison(rows, fits, best, tuple(name for name in chosen if name not in fits))
 
 
 def _rank(fit: Fit) -> tuple[bool, bool, float]:

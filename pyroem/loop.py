@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyroem.diagnose import collapsed
 from pyroem.errors import ModelError
+from pyroem.interrupt import checkpoint
 from pyroem.problem import Problem
 from pyroem.structure import Params
 
@@ -175,6 +176,7 @@ def iterate(
             state = new
             if state.log_joint > best.log_joint:
                 best = state
+            checkpoint()
             progress(
                 f" iteration {iteration}/{rule.max_iter}  log_joint {record.log_joint:.6f}"
                 f"  change/row {change / problem.rows:.2e}  {record.seconds:.1f} s"

@@ -14,6 +14,7 @@ from pyroem.diagnose import MARGIN, collapsed, dead, slope
 from pyroem.errors import ModelError, SettingError
 from pyroem.fit import Fit
 from pyroem.guesses import escape
+from pyroem.interrupt import checkpoint, deferred, pressed
 from pyroem.loop import Outcome, Progress, Restart, Rule, State, Status, iterate, steepest
 from pyroem.mstep.plan import Rung
 from pyroem.problem import Problem, pose
@@ -150,19 +151,21 @@ class Solver:
             raise SettingError(f"restarts must be a positive integer, got {restarts!r}.")
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
             raise SettingError(f"seed must be an integer from 0 to 2**32 - 1, got {seed!r}.")
-        problem = pose(
-            model,
-            args,
-            kwargs,
-            dtype=self.dtype,
-            fixed=self.fixed,
-            floor=self.floor,
-            weights=weights,
-        )
-        self.check(problem)
-        show = Progress(f"{self.name}: ", self.progress)
-        with isolated(self.dtype, seed):
-            return self.solve(problem, starts(problem, init, restarts, seed, show), restarts)
+        with deferred():
+            problem = pose(
+                model,
+                args,
+                kwargs,
+                dtype=self.dtype,
+                fixed=self.fixed,
+                floor=self.floor,
+                weights=weights,
+            )
+            self.check(problem)
+            checkpoint()
+            show = Progress(f"{self.name}: ", self.progress)
+            with isolated(self.dtype, seed):
+                return self.solve(problem, starts(problem, init, restarts, seed, show), restarts)
 
     def solve(self, problem: Problem, chosen: Iterable[Start], count: int = 1) -> Fit:
         """Run from the first ``count`` starts, and from the others while no run is healthy.
@@ -182,9 +185,13 @@ class Solver:
                 break
             label = self.name if count == 1 else f"{self.name} start {len(runs) + 1}"
             runs.append((start, self._run(problem, start, label)))
-            if runs[-1][1].status is Status.INTERRUPTED:
+            if runs[-1][1].status is Status.INTERRUPTED or pressed():
                 break
         start, best = max(runs, key=lambda pair: _rank(pair[1]))
+        cut = runs[-1][1].status is Status.INTERRUPTED
+        if (cut or pressed()) and (len(runs) < count or best.status is not Status.INTERRUPTED):
+            message = f"in start {len(runs)} of {count}; the best: {best.status}"
+            best = replace(best, status=Status.INTERRUPTED, message=message)
         return _finish(problem, self, start, best, tuple(run for _, run in runs))
 
     def _run(self, problem: Problem, start: Start, label: str) -> Outcome:

@@ -14,6 +14,7 @@ from pyroem._pyro import isolated
 from pyroem.diagnose import collapsed
 from pyroem.errors import SettingError
 from pyroem.guesses import from_evidence, guessed, placed
+from pyroem.interrupt import checkpoint
 from pyroem.mstep.plan import Rung
 from pyroem.problem import Problem
 from pyroem.structure import Params, check_names
@@ -70,11 +71,11 @@ def starts(
         if not any(p.random for p in problem.structure.parameters.values()) and count > 1:
             _refuse("the program's own values", count)
         how = "draws from the priors" if init == "prior" else "the program's own values"
-        return iter([Start(_drawn(problem, seed + i), how) for i in range(count)])
+        return (Start(_drawn(problem, seed + i), how) for i in range(count))
     if init == "auto":
         return _auto(problem, program, count, seed, report)
     pooled = from_evidence(problem, placed(problem, program), {}, None)
-    return iter([_guess(problem, pooled, init, seed + i) for i in range(count)])
+    return (_guess(problem, pooled, init, seed + i) for i in range(count))
 
 
 def _guess(
@@ -221,6 +222,7 @@ def _race(
             fields, ("kmeans", "random"), (max(tries, count), tries), strict=True
         ):
             for i in range(many):
+                checkpoint()
                 report(f"a {method} guess, {i + 1} of {many}")
                 guess = _guess(problem, pooled, method, 100 * seed + i, only)
                 field.append(_Run(problem, guess))
@@ -285,5 +287,6 @@ class _Run:
                 self.settled = True
                 break
             self.params = problem.m_step(self.params, expected, effort=BRIEF)
+            checkpoint()
         if collapsed(problem, self.params, 100.0):
             self.promise = (False, self.promise[1])
