@@ -30,7 +30,13 @@ def describe(
     lines = []
     dtype = str(structure.program.dtype).removeprefix("torch.")
     rows = f"{structure.num_rows} rows" if structure.unit else "no plate of independent rows"
-    states = structure.assignments.items()
+    states = [
+        *structure.assignments.items(),
+        *(
+            (f"{n.removesuffix('_unobserved')}, partly known", k)
+            for n, k in structure.imputed.items()
+        ),
+    ]
     plates = f" (plate {', '.join(structure.unit)})" if structure.unit else ""
     lines += [
         f"Data: {rows}{plates}, fitted in {dtype}"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyroem._pyro import isolated, unwrap
 from pyroem.errors import ModelError, SettingError
-from pyroem.estep.trace import factor_weights, posterior
+from pyroem.estep.trace import entropy_of_known, factor_weights, posterior
 from pyroem.explain import describe
 from pyroem.families import forms
 from pyroem.loop import Record, Restart, Rule, Status
@@ -121,7 +121,10 @@ class Fit:
         with isolated(structure.program.dtype, 0):
             marginals = posterior(structure, self.params).marginals
             nodes = structure.program.run(self.params).nodes
-        return {z: _as_distribution(nodes[z], p) for z, p in marginals.items()}
+        return {
+            z: _as_distribution(nodes[z if z in structure.assignments else f"{z}_unobserved"], p)
+            for z, p in marginals.items()
+        }
 
     def responsibilities(self, *args: Any, **kwargs: Any) -> Any:
         """The posterior probability of each state: the plates' dims, then the states.
@@ -169,7 +172,9 @@ class Fit:
         of everything, in Pyro's own layout.
         """
         structure = self.problem.structure
+        partly = {n.removesuffix("_unobserved") for n in structure.imputed}
         names = [*structure.assignments, *structure.observations]
+        names = [m if (m := n.removesuffix("_observed")) in partly else n for n in names]
         if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
             raise SettingError(f"sample: n must be a positive integer, got {n!r}.")
         rows = structure.num_rows if structure.unit else 1
@@ -210,6 +215,8 @@ class Fit:
         (one long chain) has as many rows as observation sites. Give ``rows`` to count otherwise.
         """
         rows = self.problem.rows if rows is None else rows
+        if not rows > 0:
+            raise SettingError(f"bic: rows must be a positive number, got {rows!r}.")
         return self.df * math.log(rows) - 2 * self.log_likelihood
 
     def icl(self, rows: float | None = None) -> float:
@@ -221,7 +228,8 @@ class Fit:
             tensors = trace.tensors()
             value, found = factor_weights(trace, tensors, row_weights=weights, unit=structure.unit)
             mean = sum(torch.where(w > 0, w * tensors[n], 0.0).sum() for n, w in found.items())
-        return self.bic(rows) + 2 * float(value - mean)
+            known = entropy_of_known(structure, trace, found)
+        return self.bic(rows) + 2 * float(value - mean - known)
 
     def guide(self) -> Callable[..., dict[str, Tensor]]:
         """A Pyro guide at the fitted values, for ``pyro.infer.Predictive``.

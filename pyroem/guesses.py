@@ -99,6 +99,8 @@ def escape(problem: Problem, params: Params, iterations: int = 30) -> float:
     generator = torch.Generator().manual_seed(0)
     evidence = {}
     for z, p in posterior(problem.structure, params).marginals.items():
+        if z not in problem.structure.assignments:
+            continue
         noise = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
         evidence[z] = torch.softmax(p.clamp(min=1e-6).log() + noise, -1)
     moved = problem.clip(from_evidence(problem, params, evidence, None))

@@ -134,7 +134,7 @@ def read(
         nesting,
         parameters,
         {n: k for n, k in states.items() if n not in kinds.imputed},
-        frozenset(n for n in states if n in kinds.imputed),
+        {n: k for n, k in states.items() if n in kinds.imputed},
         tuple(kinds.observations),
         frozenset(factor_sites),
         plates,

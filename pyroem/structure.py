@@ -75,7 +75,8 @@ class Parameter:
 class Structure:
     """What was read from a program with its data.
 
-    ``assignments`` maps each assignment to its number of states; ``plates`` gives each factor
+    ``assignments`` maps each assignment to its number of states, ``imputed`` the unknown part
+    (``z_unobserved``) of those that are partly known; ``plates`` gives each factor
     site's vectorised plates; ``unit`` names the plates whose elements (rows) are independent
     given the parameters, with sizes ``unit_shape``.
     """
@@ -84,7 +85,7 @@ class Structure:
     nesting: int
     parameters: dict[str, Parameter]
     assignments: dict[str, int]
-    imputed: frozenset[str]
+    imputed: dict[str, int]
     observations: tuple[str, ...]
     factor_sites: frozenset[str]
     plates: dict[str, tuple[str, ...]]

@@ -107,17 +107,16 @@ def coinciding(
         trace = structure.enumerate(params)
     here = _equal_states(structure, trace, nats)
     always = _equal_states(structure, plan.reading.traces[0])
-    return {z: pairs for z in structure.assignments if (pairs := sorted(here[z] - always[z]))}
+    return {z: pairs for z in here if (pairs := sorted(here[z] - always[z]))}
 
 
 def _equal_states(
     structure: Structure, trace: Enumerated, nats: float = 0.0
 ) -> dict[str, set[tuple[int, int]]]:
     result: dict[str, set[tuple[int, int]]] = {}
-    every = {
-        z: {(i, j) for j in range(k) for i in range(j)} for z, k in structure.assignments.items()
-    }
-    for z in reversed(list(structure.assignments)):  # children before their parents
+    summed = {**structure.assignments, **structure.imputed}
+    every = {z: {(i, j) for j in range(k) for i in range(j)} for z, k in summed.items()}
+    for z in reversed([z for z in trace.factors if z in summed]):  # children before their parents
         symbol = trace.states[z]
         pairs = None
         for name, factor in trace.factors.items():

@@ -160,6 +160,18 @@ def test_some_labels_are_known() -> None:
     each = weights.log() + dist.Normal(loc, 1.0).log_prob(PAIR.double()[:, None])
     by_hand = torch.where(known, each.gather(1, labels[:, None])[:, 0], each.logsumexp(1)).sum()
     assert a.log_likelihood == pytest.approx(float(by_hand))
+    certain = torch.nn.functional.one_hot(labels, 2).double()
+    r = torch.where(known[:, None], certain, each.softmax(1))
+    torch.testing.assert_close(a.responsibilities(), r)
+    assert torch.equal(a.predict(), r.argmax(1))
+    torch.testing.assert_close(a.posterior()["z"].probs, r)
+    assert a.sample(7)["z"].shape == (7,) and "partly known" in a.explain()
+    unknown = r[~known]
+    entropy = -float((unknown * unknown.log()).sum())
+    assert (a.icl() - a.bic()) / 2 == pytest.approx(entropy)
+    nothing_known = EM().fit(model, PAIR, labels, torch.zeros(60, dtype=torch.bool))
+    assert nothing_known.predict().shape == (60,)
+    assert nothing_known.status is Status.SYMMETRIC
 
 
 def test_a_parameter_is_partly_known() -> None:

@@ -271,6 +271,8 @@ def _explain_failure(error: Exception, enumerated: bool) -> ModelError:
         return ModelError(f"The program failed {where}: the data has no rows (a plate of size 0).")
     if isinstance(error, torch.linalg.LinAlgError):
         hint = " A matrix became singular: is some column constant, or a sum of others?"
+    elif "unexpected keyword argument" in text:
+        hint = " Is it a misspelt setting of fit (init, restarts, seed, weights)?"
     elif "dtype" in text:
         hint = " Check that integer data is not used where the program needs floating numbers."
     elif enumerated:

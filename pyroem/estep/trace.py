@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from pyroem._pyro import Enumerated
 from pyroem.mstep.plan import Plan
 from pyroem.mstep.update import Expected
-from pyroem.structure import Params, Structure
+from pyroem.structure import Params, Structure, base_mask
 
 
 def factor_weights(
@@ -92,8 +93,46 @@ def posterior(structure: Structure, params: Params, *, backend: str = "logsum") 
     marginals = {
         name: marginal(structure, trace, name, weights[name]) for name in structure.assignments
     }
+    for name in structure.imputed:
+        found = marginal(structure, trace, name, weights[name])
+        marginals[name.removesuffix("_unobserved")] = _labelled(trace, name, found)
     axes = {name: trace.names(factor.dims) for name, factor in trace.factors.items()}
     return Posterior(value, weights, axes, marginals)
+
+
+def _labelled(trace: Enumerated, name: str, found: Tensor) -> Tensor:
+    """The marginal of a partly known assignment: certain where it is known."""
+    node = trace.trace.nodes[name.removesuffix("_unobserved") + "_observed"]
+    if node["fn"].event_shape:
+        return found
+    known, value = _known(node, found), node["value"]
+    value = value.expand(node["fn"].batch_shape).reshape(known.shape)
+    states = torch.where(known, value, torch.zeros_like(value)).long()
+    certain = torch.nn.functional.one_hot(states, found.shape[-1]).to(found)
+    return torch.where(known.unsqueeze(-1), certain, found)
+
+
+def _known(node: Any, found: Tensor) -> Tensor:
+    """Where a partly known assignment is known, over the plates of its marginal."""
+    mask = base_mask(node)
+    mask = torch.ones((), dtype=torch.bool) if mask is None else mask
+    return mask.expand(node["fn"].batch_shape).reshape(found.shape[:-1])
+
+
+def entropy_of_known(
+    structure: Structure, trace: Enumerated, weights: Mapping[str, Tensor]
+) -> Tensor:
+    """The entropy that the enumeration gives to assignments that are known.
+
+    There the unknown part has its prior, which nothing else depends on.
+    """
+    total = torch.zeros((), dtype=structure.program.dtype)
+    for name in structure.imputed:
+        found = marginal(structure, trace, name, weights[name])
+        node = trace.trace.nodes[name.removesuffix("_unobserved") + "_observed"]
+        p = found / found.sum(-1, keepdim=True).clamp(min=1e-300)
+        total = total - torch.xlogy(found, p)[_known(node, found)].sum()
+    return total
 
 
 def marginal(structure: Structure, trace: Enumerated, name: str, weights: Tensor) -> Tensor:
@@ -107,5 +146,5 @@ def marginal(structure: Structure, trace: Enumerated, name: str, weights: Tensor
     total = total.permute([left.index(d) for d in wanted if d in left])
     node = trace.trace.nodes[name]
     sizes = {trace.plates[f.name]: f.size for f in node["cond_indep_stack"] if f.vectorized}
-    sizes[trace.states[name]] = structure.assignments[name]
+    sizes[trace.states[name]] = {**structure.assignments, **structure.imputed}[name]
     return total.reshape([sizes[d] for d in wanted])
