@@ -202,9 +202,13 @@ def _classify(nodes: Mapping[str, Site]) -> _Kinds:
             kinds.parameters.append(name)  # the unknown part of a parameter that is partly known
         else:
             kinds.imputed.append(name)
+    assigned = any(rows[n] for n in kinds.assignments)
     for name in continuous:
         site = nodes[name]
-        shared = [f.name for f in plate_frames(site) if f.name in unit]
+        own = [f.name for f in plate_frames(site)]
+        # Without an assignment in a plate, observations may share a plate with their parameters.
+        whole = any(rows[n] and set(rows[n]) <= set(own) for n in rows)
+        shared = [p for p in own if p in unit] if assigned or whole else []
         if not site["infer"].get("parameter") and (shared or in_markov(site)):
             where = f"the rows' plate '{shared[0]}'" if shared else "pyro.markov"
             raise ModelError(

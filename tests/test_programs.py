@@ -196,6 +196,19 @@ def test_a_parameter_is_partly_known() -> None:
     torch.testing.assert_close(a.log_prob(), each.logsumexp(1))
 
 
+def test_a_plate_of_parameters_and_observations() -> None:
+    def model(y: Tensor) -> None:
+        rows, items = pyro.plate("rows", 15, dim=-2), pyro.plate("items", 4, dim=-1)
+        shift = pyro.sample("shift", dist.Bernoulli(0.5))  # for all rows at once
+        with items:
+            loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
+        with rows, items:
+            pyro.sample("y", dist.Normal(loc + shift, 1.0), obs=y)
+
+    fit = EM().fit(model, PAIR.reshape(15, 4))
+    assert fit.params["loc"].shape == (4,) and fit.status is not Status.NON_FINITE
+
+
 def test_a_parameter_is_conditioned_on() -> None:
     def model(x: Tensor) -> None:
         weights = pyro.sample("weights", dist.Dirichlet(torch.ones(2)))
