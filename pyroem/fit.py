@@ -151,13 +151,16 @@ class Fit:
         Raises:
         ------
         ModelError
-            Where the rows are not independent given the parameters (a global assignment).
+            Where the rows are not independent given the parameters (a global assignment, a
+            factor outside their plate).
         """
         structure = self._structure(args, kwargs)
         with isolated(structure.program.dtype, 0), torch.no_grad():
             trace = structure.enumerate(self.params)
             rows, complete = trace.row_log_likelihood(trace.tensors(), structure.unit)
-        if not complete:
+        depends = self.problem.plan.reading.dependence
+        outside = [n for n, plates in structure.plates.items() if set(structure.unit) - set(plates)]
+        if not complete or any(depends.get(n) for n in outside):
             raise ModelError(
                 "log_prob: the rows are not independent given the parameters, because some site"
                 " outside their plate ties them together. Use log_likelihood."

@@ -196,6 +196,20 @@ def test_a_parameter_is_partly_known() -> None:
     torch.testing.assert_close(a.log_prob(), each.logsumexp(1))
 
 
+def test_a_penalty_outside_the_plate_belongs_to_no_row() -> None:
+    def model(x: Tensor) -> None:
+        loc = pyro.param("loc", torch.tensor([0.0, 3.0]))
+        pyro.factor("penalty", -0.1 * (loc**2).sum())
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.5)).long()
+            pyro.sample("x", dist.Normal(loc[z], 1.0), obs=x)
+
+    fit = EM().fit(model, PAIR)
+    assert fit.converged
+    with pytest.raises(ModelError, match="not independent"):
+        fit.log_prob()
+
+
 def test_a_plate_of_parameters_and_observations() -> None:
     def model(y: Tensor) -> None:
         rows, items = pyro.plate("rows", 15, dim=-2), pyro.plate("items", 4, dim=-1)
