@@ -96,6 +96,24 @@ def test_modules(kind: str, dtype: torch.dtype) -> None:
     assert owner.weight.dtype == dtype and torch.equal(owner.weight, before)
 
 
+def test_a_module_parameter_is_asked_for_again() -> None:
+    net = nn.Linear(1, 2)
+
+    def model(x: Tensor, y: Tensor) -> None:
+        pyro.module("net", net)
+        weight, bias = pyro.param("net$$$weight"), pyro.param("net$$$bias")
+        mean = x[:, None] * weight[:, 0] + bias
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2))
+            mean = torch.where(z == 0, mean[:, 0], mean[:, 1])
+            pyro.sample("y", dist.Normal(mean, 0.3), obs=y)
+
+    fit = EM().fit(model, COVARIATE, RESPONSE)
+    weight, bias = fit.params["net$$$weight"], fit.params["net$$$bias"]
+    assert fit.converged
+    assert fit.log_likelihood == pytest.approx(by_hand(weight, bias, torch.tensor(0.3).double()))
+
+
 # ---------------------------------------------------------------------------------------
 # Zero inflation, masks, labels
 

@@ -186,7 +186,7 @@ class _Substitute(Messenger):
         name, given = msg["name"], len(msg["args"]) > 1
         if given and isinstance(msg["args"][1], torch.nn.Parameter):
             # It stays where its module has it; _Cast puts the fit's value in wherever it is used.
-            self.first.setdefault(name, (msg["args"], None, None))
+            self.first.setdefault(name, (msg["args"], None, msg["args"][1]))
             msg["value"], msg["done"] = msg["args"][1], True
             return
         if name in self.first:
