@@ -14,6 +14,7 @@ from pyroem._pyro import (
     Site,
     Values,
     enumerated,
+    is_plate_site,
     plate_frames,
     unwrap,
 )
@@ -26,25 +27,17 @@ def kind_of(site: Site) -> str:
     return type(unwrap(site["fn"])[0]).__name__
 
 
-def check_frames(name: str, site: Site) -> None:
-    """Every plate must hold all of its rows."""
-    for frame in plate_frames(site):
-        full = getattr(frame, "full_size", None)
-        if full is not None and full != frame.size:
+def check_plates(site: Site) -> None:
+    """Every plate must hold all of its rows: those around a site, and the one a site stands for."""
+    sizes = [(f.name, f.size, getattr(f, "full_size", None)) for f in plate_frames(site)]
+    if is_plate_site(site):
+        sizes.append((site["name"], site["fn"].subsample_size, site["fn"].size))
+    for plate, size, full in sizes:
+        if size is not None and full is not None and size != full:
             raise ModelError(
-                f"Plate '{frame.name}' is subsampled ({frame.size} of {full}); a fit uses all the"
-                " data. Take subsample_size and subsample out of the program."
+                f"Plate '{plate}' is subsampled ({size} of {full}); a fit uses all the data."
+                " Take subsample_size and subsample out of the program."
             )
-
-
-def check_plate(name: str, site: Site) -> None:
-    """No plate may draw a subsample."""
-    size, subsample = site["fn"].size, site["fn"].subsample_size
-    if subsample is not None and subsample < size:
-        raise ModelError(
-            f"Plate '{name}' is subsampled ({subsample} of {size}); a fit uses all the data."
-            " Take subsample_size and subsample out of the program."
-        )
 
 
 def check_batch(name: str, site: Site) -> None:
@@ -61,8 +54,11 @@ def check_batch(name: str, site: Site) -> None:
         )
 
 
-def check_observation(site: Site) -> Tensor | None:
-    """Check the data of an observation; where masked cells are NaN, return the data without."""
+def check_observation(site: Site, partly: bool = False) -> Tensor | None:
+    """Check the data of an observation; where masked cells are unfit, return the data without.
+
+    ``partly`` says that the rest is a site of its own (``obs_mask``): then nothing may be known.
+    """
     name, fn, value = site["name"], site["fn"], site["value"]
     if isinstance(fn, pyro.distributions.Unit):
         return None
@@ -81,7 +77,6 @@ def check_observation(site: Site) -> Tensor | None:
         mask = mask.reshape(mask.shape + (1,) * len(base.event_shape))
         value, mask = torch.broadcast_tensors(value, mask)
     bad = ~value.isfinite()
-    partly = name.endswith("_observed")  # by obs_mask: then the rest is a site of its own
     if mask is not None and not mask.any() and not partly:
         raise DataError(f"Site '{name}': every cell is masked; there is nothing to fit to.")
     shown = bad if mask is None else bad & mask

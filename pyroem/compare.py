@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -21,8 +20,8 @@ from pyroem.estep.trace import posterior
 from pyroem.fit import Fit
 from pyroem.gradient import MAP
 from pyroem.interrupt import deferred, pressed
-from pyroem.loop import Progress, Status
-from pyroem.problem import Problem, pose
+from pyroem.loop import Progress, Status, rank
+from pyroem.problem import Problem
 from pyroem.solver import Solver
 from pyroem.starts import starts
 from pyroem.structure import Params
@@ -191,15 +190,7 @@ def compare(
         for name, solver in chosen.items():
             key = (solver.dtype, solver.fixed, solver.floor)
             if key not in problems:
-                problems[key] = pose(
-                    model,
-                    args,
-                    kwargs,
-                    dtype=solver.dtype,
-                    fixed=solver.fixed,
-                    floor=solver.floor,
-                    weights=weights,
-                )
+                problems[key] = solver.pose(model, args, kwargs, weights)
             problem = problems[key]
             solver.check(problem)
             with isolated(solver.dtype, seed):
@@ -212,16 +203,9 @@ def compare(
                 fits[name] = solver.solve(problem, common, restarts)
             if fits[name].status is Status.INTERRUPTED or pressed():
                 break
-    best = max(fits, key=lambda name: _rank(fits[name]))
+    best = max(fits, key=lambda name: rank(fits[name].status, fits[name].log_joint))
     rows = [_row(name, fit, fits[best]) for name, fit in fits.items()]
     return Comparison(rows, fits, best, tuple(name for name in chosen if name not in fits))
-
-
-def _rank(fit: Fit) -> tuple[bool, bool, float]:
-    """Healthy fits first, then by objective."""
-    finite = math.isfinite(fit.log_joint)
-    healthy = fit.status not in (Status.DEGENERATE, Status.NON_FINITE, Status.SYMMETRIC)
-    return finite, healthy, fit.log_joint if finite else -math.inf
 
 
 def _row(name: str, fit: Fit, best: Fit) -> Row:

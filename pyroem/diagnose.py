@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyroem.mstep.update import Expected
 from pyroem.problem import Problem
-from pyroem.structure import Params
+from pyroem.structure import Params, from_search, to_search
 
 DEAD = 1e-3  # rows
 MARGIN = 1.01  # rounding moves an eigenvalue that was lifted to the floor
@@ -70,13 +70,12 @@ def dead(problem: Problem, expected: Expected) -> list[str]:
 def slope(problem: Problem, params: Params) -> float:
     """The largest element of the objective's gradient per row, in units of ``plan.steps``."""
     parameters, steps = problem.structure.parameters, problem.plan.steps
-    raw = {n: (parameters[n].unconstrain(params[n]) / steps[n]).detach() for n in problem.free}
-    leaves = [r.requires_grad_() for r in raw.values()]
+    raw = to_search(parameters, {n: params[n] for n in problem.free}, steps)
     with torch.enable_grad():
-        values = {n: parameters[n].constrain(r * steps[n]) for n, r in raw.items()}
+        values = from_search(parameters, raw, steps)
         log_likelihood, log_prior = problem.log_joint({**params, **values})
         total = (log_likelihood + log_prior) / problem.rows
-        grads = torch.autograd.grad(total, leaves, allow_unused=True)
+        grads = torch.autograd.grad(total, list(raw.values()), allow_unused=True)
     return max((float(g.abs().max()) for g in grads if g is not None and g.numel()), default=0.0)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pyroem.loop import Restart, Rule, Status
 from pyroem.mstep.blocks import Rung
 from pyroem.problem import Problem
+from pyroem.structure import whole_of
 
 _HOW = {
     Rung.CLOSED_FORM: "closed form",
@@ -32,10 +33,7 @@ def describe(
     rows = f"{structure.num_rows} rows" if structure.unit else "no plate of independent rows"
     states = [
         *structure.assignments.items(),
-        *(
-            (f"{n.removesuffix('_unobserved')}, partly known", k)
-            for n, k in structure.imputed.items()
-        ),
+        *((f"{whole_of(n)}, partly known", k) for n, k in structure.imputed.items()),
     ]
     plates = f" (plate {', '.join(structure.unit)})" if structure.unit else ""
     lines += [

@@ -23,7 +23,7 @@ from pyroem.loop import Record, Restart, Rule, Status
 from pyroem.mstep.blocks import Rung
 from pyroem.problem import Problem, pose
 from pyroem.reading import read
-from pyroem.structure import Params, Structure
+from pyroem.structure import Params, Structure, known_part, whole_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,9 +175,9 @@ class Fit:
         of everything, in Pyro's own layout.
         """
         structure = self.problem.structure
-        partly = {n.removesuffix("_unobserved") for n in structure.imputed}
+        parts = {known_part(n): whole_of(n) for n in structure.imputed}
         names = [*structure.assignments, *structure.observations]
-        names = [m if (m := n.removesuffix("_observed")) in partly else n for n in names]
+        names = [parts.get(n, n) for n in names]
         if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
             raise SettingError(f"sample: n must be a positive integer, got {n!r}.")
         rows = structure.num_rows if structure.unit else 1

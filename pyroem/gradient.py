@@ -17,7 +17,7 @@ from pyroem.loop import State
 from pyroem.mstep.plan import interval_of
 from pyroem.problem import Problem
 from pyroem.solver import Solver
-from pyroem.structure import Params
+from pyroem.structure import Params, from_search, to_search
 
 Factory = Callable[[list[Tensor]], torch.optim.Optimizer]
 RIM, INWARD = 1e-5, 0.02  # fractions of an interval: what counts as its bound; a step inside
@@ -111,14 +111,11 @@ class MAP(Solver):
         if not self.standardise:
             steps = {n: torch.ones_like(s) for n, s in steps.items()}
         params = _released(problem, params)
-        raw = {
-            n: (parameters[n].unconstrain(params[n]) / steps[n]).detach().clone().requires_grad_()
-            for n in problem.free
-        }
+        raw = to_search(parameters, {n: params[n] for n in problem.free}, steps)
         held = {n: v for n, v in params.items() if n not in raw}
         memory = _Memory(problem, raw, held, steps)
         if raw:
-            memory.optimiser = self._make(list(raw.values()), list(raw))
+            memory.optimiser = self._make(list(raw.values()))
         memory.evaluate()
         return memory.state()
 
@@ -131,14 +128,14 @@ class MAP(Solver):
         memory.evaluate()
         return memory.state()
 
-    def _make(self, leaves: list[Tensor], names: list[str]) -> Callable[[_Memory], None]:
+    def _make(self, leaves: list[Tensor]) -> Callable[[_Memory], None]:
         optimizer, options = self.optimizer, dict(self.options)
         if self._is_lbfgs:
             optimizer, options = torch.optim.LBFGS, {**LBFGS, **options}
         if isinstance(optimizer, PyroOptim):
             pyro_optimiser = copy.deepcopy(optimizer)
             return lambda memory: _pyro_step(pyro_optimiser, memory)
-        elif isinstance(optimizer, str):
+        if isinstance(optimizer, str):
             optimizer, options = torch.optim.Adam, {"lr": 0.05, **options}
         if self.lr is not None:
             options["lr"] = self.lr
@@ -211,8 +208,7 @@ class _Memory:
         self._grads: list[Tensor] = []
 
     def _constrained(self) -> Params:
-        parameters = self.problem.structure.parameters
-        return {n: parameters[n].constrain(r * self.steps[n]) for n, r in self.raw.items()}
+        return from_search(self.problem.structure.parameters, self.raw, self.steps)
 
     @property
     def slope(self) -> float:

@@ -62,6 +62,13 @@ _EXPLANATIONS = {
 }
 
 
+def rank(status: Status, log_joint: float) -> tuple[bool, bool, float]:
+    """A key that puts healthy ends first, then the higher objective."""
+    finite = math.isfinite(log_joint)
+    healthy = status not in (Status.DEGENERATE, Status.NON_FINITE, Status.SYMMETRIC)
+    return finite, healthy, log_joint if finite else -math.inf
+
+
 class Record(NamedTuple):
     """One line of a fit's history. ``passes`` counts evaluations of the program over the data."""
 

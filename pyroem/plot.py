@@ -54,7 +54,7 @@ class _Comparison(Protocol):
 def require_matplotlib() -> None:
     """Raise an ``ImportError`` that says how to install matplotlib, where it lacks."""
     try:
-        import matplotlib  # noqa: F401
+        import matplotlib  # noqa: F401  (only to see if it is there)
     except ImportError:
         raise ImportError("Pictures need matplotlib: pip install 'pyroem[plot]'.") from None
 

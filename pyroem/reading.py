@@ -29,13 +29,12 @@ from pyroem.checks import (
     check_assignments_plates,
     check_batch,
     check_dependence,
-    check_frames,
     check_observation,
-    check_plate,
+    check_plates,
     kind_of,
 )
 from pyroem.errors import ModelError, SettingError
-from pyroem.structure import Parameter, Structure
+from pyroem.structure import Parameter, Structure, known_part
 
 
 def read(
@@ -81,9 +80,9 @@ def read(
         and len(site["args"]) > 1
         and isinstance(site["args"][1], torch.nn.Parameter)
     }
-    fill = {}
+    fill, known = {}, {known_part(n) for n in nodes if n.endswith("_unobserved")}
     for name in kinds.observations:
-        filled = check_observation(nodes[name])
+        filled = check_observation(nodes[name], partly=name in known)
         if filled is not None:
             fill[name] = filled
     program = replace(program, modules=modules, fill=fill, cast=cast or cast_again)
@@ -111,7 +110,7 @@ def read(
         states = {
             n: _num_states(first.trace.nodes[n]) for n in kinds.assignments if n not in imputed
         }
-        check_assignments_plates(first, nodes, [*kinds.assignments])
+        check_assignments_plates(first, nodes, kinds.assignments)
     with isolated(dtype, 1):
         check_dependence(first, program, start, nesting, frozenset(factor_sites), parameters)
     plates = {
@@ -159,16 +158,13 @@ def _classify(nodes: Mapping[str, Site]) -> _Kinds:
             kinds.parameters.append(name)
         if site["type"] != "sample" or is_deterministic(site):
             continue
-        check_frames(name, site)
+        check_plates(site)
         if is_plate_site(site):
-            check_plate(name, site)
-        elif site["is_observed"] or isinstance(site["fn"], dist.Unit):
+            continue
+        if site["is_observed"] or isinstance(site["fn"], dist.Unit):
             check_batch(name, site)
             kinds.observations.append(name)
-        elif (
-            name.endswith("_unobserved")
-            and name[: -len("un") - len("observed")] + "observed" in nodes
-        ):
+        elif name.endswith("_unobserved") and known_part(name) in nodes:
             if site["fn"].has_enumerate_support:
                 kinds.imputed.append(name)
                 kinds.assignments.append(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -15,7 +15,7 @@ from pyroem.errors import ModelError, SettingError
 from pyroem.fit import Fit
 from pyroem.guesses import escape
 from pyroem.interrupt import checkpoint, deferred, pressed
-from pyroem.loop import Outcome, Progress, Restart, Rule, State, Status, iterate, steepest
+from pyroem.loop import Outcome, Progress, Restart, Rule, State, Status, iterate, rank, steepest
 from pyroem.mstep.plan import Rung
 from pyroem.problem import Problem, pose
 from pyroem.starts import Start, starts
@@ -102,6 +102,24 @@ class Solver:
         """When to stop."""
         return Rule(self.tol, self.param_tol, self.max_iter, self.patience)
 
+    def pose(
+        self,
+        model: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        weights: Any,
+    ) -> Problem:
+        """The program with its data, read and planned under the solver's settings."""
+        return pose(
+            model,
+            args,
+            kwargs,
+            dtype=self.dtype,
+            fixed=self.fixed,
+            floor=self.floor,
+            weights=weights,
+        )
+
     def check(self, problem: Problem) -> None:
         """Raise where the solver cannot work on the problem."""
 
@@ -152,15 +170,7 @@ class Solver:
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
             raise SettingError(f"seed must be an integer from 0 to 2**32 - 1, got {seed!r}.")
         with deferred():
-            problem = pose(
-                model,
-                args,
-                kwargs,
-                dtype=self.dtype,
-                fixed=self.fixed,
-                floor=self.floor,
-                weights=weights,
-            )
+            problem = self.pose(model, args, kwargs, weights)
             self.check(problem)
             checkpoint()
             show = Progress(f"{self.name}: ", self.progress)
@@ -207,11 +217,7 @@ class Solver:
 
 
 def _rank(run: Outcome) -> tuple[bool, bool, float]:
-    value = run.state.log_joint
-    finite = math.isfinite(value)
-    sick = (Status.DEGENERATE, Status.NON_FINITE, Status.SYMMETRIC)
-    healthy = run.status not in sick
-    return finite, healthy, value if finite else -math.inf
+    return rank(run.status, run.state.log_joint)
 
 
 def _judge(problem: Problem, solver: Solver, start: Start, outcome: Outcome) -> Outcome:
@@ -230,14 +236,11 @@ def _judge(problem: Problem, solver: Solver, start: Start, outcome: Outcome) -> 
     if failed:
         return outcome
     structure, plan = problem.structure, problem.plan
-    same = coinciding(structure, plan, start.params)
-    if same:
-        still = coinciding(structure, plan, params, ALIKE)
-        stuck = {z: [p for p in pairs if p in still.get(z, [])] for z, pairs in same.items()}
-        stuck = {z: pairs for z, pairs in stuck.items() if pairs}
+    alike = coinciding(structure, plan, params, ALIKE)
+    for z, pairs in coinciding(structure, plan, start.params).items():
+        stuck = [pair for pair in pairs if pair in alike.get(z, [])]
         if stuck:
-            z, pairs = next(iter(stuck.items()))
-            message = f"states {pairs[0][0]} and {pairs[0][1]} of '{z}' started alike and stayed so"
+            message = f"states {stuck[0][0]} and {stuck[0][1]} of '{z}' started alike and stayed so"
             return replace(outcome, status=Status.SYMMETRIC, message=message)
     numeric = plan.on(Rung.ON_STATISTICS) or plan.on(Rung.GRADIENT)
     if outcome.status is Status.CONVERGED and numeric and solver.monotone:
@@ -245,7 +248,6 @@ def _judge(problem: Problem, solver: Solver, start: Start, outcome: Outcome) -> 
         if steep > steepest(problem, outcome.state, solver.tol):
             message = f"the gradient per row is still {steep:.2g}"
             return replace(outcome, status=Status.STALLED, message=message)
-    alike = coinciding(structure, plan, params, ALIKE)
     if alike and not outcome.message:
         z, pairs = next(iter(alike.items()))
         message = f"states {pairs[0][0]} and {pairs[0][1]} of '{z}' ended alike"

@@ -136,6 +136,33 @@ class Structure:
         return total
 
 
+def whole_of(name: str) -> str:
+    """``z`` of ``z_unobserved`` (or ``z_observed``), the parts that ``obs_mask`` makes of ``z``."""
+    return name.removesuffix("_unobserved").removesuffix("_observed")
+
+
+def known_part(name: str) -> str:
+    """``z_observed`` of ``z_unobserved``."""
+    return whole_of(name) + "_observed"
+
+
+def to_search(
+    parameters: Mapping[str, Parameter], params: Mapping[str, Tensor], steps: Mapping[str, Tensor]
+) -> Params:
+    """Leaves of a search: ``params`` in the unconstrained space, measured in ``steps``."""
+    return {
+        n: (parameters[n].unconstrain(v) / steps[n]).detach().clone().requires_grad_()
+        for n, v in params.items()
+    }
+
+
+def from_search(
+    parameters: Mapping[str, Parameter], raw: Mapping[str, Tensor], steps: Mapping[str, Tensor]
+) -> Params:
+    """The values at a search's leaves."""
+    return {n: parameters[n].constrain(r * steps[n]) for n, r in raw.items()}
+
+
 def quoted(names: Iterable[str]) -> str:
     """Names for an error message."""
     return ", ".join(f"'{name}'" for name in names)

@@ -645,7 +645,7 @@ def _problem(
         s if isinstance(s, Symmetry) else Symmetry(tuple(states), s) for s in symmetries
     )
     return Problem(
-        name or getattr(model, "__name__"),  # noqa: B009
+        name or getattr(model, "__name__"),  # noqa: B009  (a callable need not have it)
         model,
         data,
         params,

@@ -184,12 +184,12 @@ def test_plate_of_the_wrong_size() -> None:
             z = pyro.sample("z", dist.Categorical(weights))
             pyro.sample("x", dist.Normal(loc[z], scale[z]), obs=x)
 
-    fails((ModelError, DataError), ["'x'", "7", "40"], model, X)  # type: ignore[arg-type]
+    fails((ModelError, DataError), ["'x'", "7", "40"], model, X)  # type: ignore[arg-type]  # a tuple does as well
 
 
 def test_column_where_a_row_is_expected() -> None:
     fails(
-        (DataError, ModelError),  # type: ignore[arg-type]
+        (DataError, ModelError),  # type: ignore[arg-type]  # a tuple does as well
         ["'x'", "(40,)", "(40, 1)"],
         gaussian_mixture,
         X.unsqueeze(-1),
@@ -204,7 +204,7 @@ def test_row_where_columns_are_expected() -> None:
             emission = dist.Normal(loc[z].unsqueeze(-1), scale[z].unsqueeze(-1))
             pyro.sample("x", emission.expand([len(x), 2]).to_event(1), obs=x)
 
-    fails((DataError, ModelError), ["'x'"], model, X)  # type: ignore[arg-type]
+    fails((DataError, ModelError), ["'x'"], model, X)  # type: ignore[arg-type]  # a tuple does as well
 
 
 def test_a_program_that_fails_under_enumeration() -> None:
@@ -240,7 +240,7 @@ def test_scale_of_each_row() -> None:
 
 
 def test_not_a_program() -> None:
-    fails(ModelError, ["callable", "int"], 3)  # type: ignore[arg-type]
+    fails(ModelError, ["callable", "int"], 3)  # type: ignore[arg-type]  # wrong on purpose
 
 
 # ---------------------------------------------------------------------------------------

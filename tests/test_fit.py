@@ -571,7 +571,7 @@ def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
 class Rayleigh(dist.TorchDistribution):
     """A distribution that no library knows of."""
 
-    arg_constraints = {"scale": constraints.positive}  # noqa: RUF012
+    arg_constraints = {"scale": constraints.positive}  # noqa: RUF012  (torch does it so)
     support = constraints.positive
 
     def __init__(self, scale: Tensor) -> None:
@@ -690,7 +690,7 @@ def test_a_wrong_family_is_found_out(own_registry: None) -> None:
     with pytest.raises(ModelError, match=r"'x'.*'scale'.*Rayleigh.*coefficients"):
         EM().fit(rayleigh_mixture, rayleigh_data())
     with pytest.raises(SettingError, match="register_family"):
-        register_family(Rayleigh, 3)  # type: ignore[arg-type]
+        register_family(Rayleigh, 3)  # type: ignore[arg-type]  # wrong on purpose
 
 
 def test_the_same_program_serves_many_fits() -> None:

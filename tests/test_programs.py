@@ -506,7 +506,7 @@ def test_settings_of_a_fit(setting: dict[str, Any], words: str) -> None:
 
 def test_settings_of_solvers() -> None:
     with pytest.raises(SettingError, match="fixed"):
-        EM(fixed=3)  # type: ignore[arg-type]
+        EM(fixed=3)  # type: ignore[arg-type]  # wrong on purpose
     with pytest.raises(SettingError, match=r"torch\.optim\.Adam"):
         MAP(torch.optim.Adam([torch.zeros(1)]))
     with pytest.raises(SettingError, match="optimizer"):
@@ -516,7 +516,7 @@ def test_settings_of_solvers() -> None:
     with pytest.raises(SettingError, match="bogus"):
         MAP("lbfgs", options={"bogus": 1}).fit(pair, PAIR)
     with pytest.raises(SettingError, match="dict of names"):
-        pyroem.compare(pair, PAIR, solvers=[EM()])  # type: ignore[arg-type]
+        pyroem.compare(pair, PAIR, solvers=[EM()])  # type: ignore[arg-type]  # wrong on purpose
     fit = EM(max_iter=2).fit(pair, PAIR)
     with pytest.raises(SettingError, match="Posterior"):
         pyroem.expected_log_joint(pair, fit.params, fit.responsibilities(), PAIR)

@@ -34,11 +34,11 @@ class _WeightedRing(LogRing):
 
 
 def _dims(x: Tensor) -> str:
-    return x._pyro_dims  # type: ignore[attr-defined]
+    return x._pyro_dims  # type: ignore[attr-defined]  # an attribute of Pyro
 
 
 def _pack(x: Tensor, dims: str) -> Tensor:
-    x._pyro_dims = dims  # type: ignore[attr-defined]
+    x._pyro_dims = dims  # type: ignore[attr-defined]  # an attribute of Pyro
     return x
 
 

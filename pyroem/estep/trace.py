@@ -17,7 +17,7 @@ from torch import Tensor
 from pyroem._pyro import Enumerated
 from pyroem.mstep.plan import Plan
 from pyroem.mstep.update import Expected
-from pyroem.structure import Params, Structure, base_mask
+from pyroem.structure import Params, Structure, base_mask, known_part, whole_of
 
 
 def factor_weights(
@@ -95,14 +95,14 @@ def posterior(structure: Structure, params: Params, *, backend: str = "logsum") 
     }
     for name in structure.imputed:
         found = marginal(structure, trace, name, weights[name])
-        marginals[name.removesuffix("_unobserved")] = _labelled(trace, name, found)
+        marginals[whole_of(name)] = _labelled(trace, name, found)
     axes = {name: trace.names(factor.dims) for name, factor in trace.factors.items()}
     return Posterior(value, weights, axes, marginals)
 
 
 def _labelled(trace: Enumerated, name: str, found: Tensor) -> Tensor:
     """The marginal of a partly known assignment: certain where it is known."""
-    node = trace.trace.nodes[name.removesuffix("_unobserved") + "_observed"]
+    node = trace.trace.nodes[known_part(name)]
     if node["fn"].event_shape:
         return found
     known, value = _known(node, found), node["value"]
@@ -129,7 +129,7 @@ def entropy_of_known(
     total = torch.zeros((), dtype=structure.program.dtype)
     for name in structure.imputed:
         found = marginal(structure, trace, name, weights[name])
-        node = trace.trace.nodes[name.removesuffix("_unobserved") + "_observed"]
+        node = trace.trace.nodes[known_part(name)]
         p = found / found.sum(-1, keepdim=True).clamp(min=1e-300)
         total = total - torch.xlogy(found, p)[_known(node, found)].sum()
     return total

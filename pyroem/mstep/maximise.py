@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyroem.errors import ModelError
-from pyroem.structure import Parameter, Params
+from pyroem.structure import Parameter, Params, from_search, to_search
 
 Objective = Callable[[Params], Tensor]
 
@@ -27,14 +27,7 @@ def maximise(
     Never returns a point with a lower objective than it was given. Coordinates are measured in
     ``steps`` and the objective per row, which brings the gradient to order one.
     """
-    raw = {
-        n: (parameters[n].unconstrain(v) / steps[n]).detach().clone().requires_grad_()
-        for n, v in params.items()
-    }
-
-    def constrained() -> Params:
-        return {n: parameters[n].constrain(r * steps[n]) for n, r in raw.items()}
-
+    raw = to_search(parameters, params, steps)
     optimiser = torch.optim.LBFGS(
         list(raw.values()),
         max_iter=max_iter,
@@ -47,7 +40,7 @@ def maximise(
 
     def loss() -> Tensor:
         optimiser.zero_grad()
-        value = -objective(constrained()) / rows
+        value = -objective(from_search(parameters, raw, steps)) / rows
         if value.requires_grad:
             value.backward()
         return value
@@ -56,7 +49,7 @@ def maximise(
         with torch.enable_grad():
             optimiser.step(loss)
         with torch.no_grad():
-            found = {n: v.detach() for n, v in constrained().items()}
+            found = {n: v.detach() for n, v in from_search(parameters, raw, steps).items()}
             before, after = objective(params), objective(found)
     except (ModelError, torch.linalg.LinAlgError):
         return params  # the search strayed to where the program cannot run

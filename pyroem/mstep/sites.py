@@ -304,10 +304,14 @@ def _read_site(
         site = replace(site, mask=pad(mask.to(x.dtype), rank, 0))
     if family.location is not None:
         centre = torch.zeros((), dtype=x.dtype)  # replaced by _scaled
-    statistics = family.statistics(base, x if centre is None else x - centre)
-    statistics = tuple(pad(t, rank, e) for t, e in zip(statistics, family.event_dims, strict=True))
-    site = replace(site, sufficient=statistics, centre=centre)
-    return site
+    return replace(site, sufficient=_statistics(site, base, x), centre=centre)
+
+
+def _statistics(site: SiteModel, base: Any, x: Tensor) -> tuple[Tensor, ...]:
+    """``T(x)``, every statistic padded to the site's rank."""
+    found = site.family.statistics(base, x)
+    dims = site.family.event_dims
+    return tuple(pad(t, len(site.shape), e) for t, e in zip(found, dims, strict=True))
 
 
 def _confirmed(site: SiteModel, point: Params, trace: Enumerated) -> SiteModel:
@@ -349,12 +353,7 @@ def _scaled(sites: dict[str, SiteModel], trace: Enumerated) -> dict[str, SiteMod
             site = sites[name]
             x, base = _data(site, trace)
             at = centre.reshape((1,) * (x.dim() - centre.dim()) + centre.shape)
-            rank, event_dims = len(site.shape), site.family.event_dims
-            statistics = tuple(
-                pad(t, rank, e)
-                for t, e in zip(site.family.statistics(base, x - at), event_dims, strict=True)
-            )
-            scale_at = scale.reshape(at.shape)
+            statistics, scale_at = _statistics(site, base, x - at), scale.reshape(at.shape)
             result[name] = replace(site, centre=at, scale=scale_at, sufficient=statistics)
     return result
 
