@@ -188,7 +188,7 @@ def compare(
     common = None
     with deferred():
         for name, solver in chosen.items():
-            key = (solver.dtype, solver.fixed, solver.floor)
+            key = (solver.dtype, solver.fixed, solver.floor, solver.engine)
             if key not in problems:
                 problems[key] = solver.pose(model, args, kwargs, weights)
             problem = problems[key]
@@ -196,7 +196,7 @@ def compare(
             with isolated(solver.dtype, seed):
                 if common is None:
                     show = Progress("", any(s.progress for s in chosen.values()))
-                    common = list(islice(starts(problem, init, restarts, seed, show), restarts))
+                    common = list(islice(starts(problem.sample, init, restarts, seed, show), restarts))
                     show.close()
                 with suppress(ModelError, torch.linalg.LinAlgError):  # the run itself will say so
                     solver.begin(problem, common[0].params)  # what is made once is not on the clock
@@ -247,7 +247,7 @@ def match(fit: Fit, reference: Fit) -> Params:
     States are paired to agree on as many rows as possible (the Hungarian algorithm on the overlap
     of the posteriors).
     """
-    structure = reference.problem.structure
+    structure = reference.problem.sample.structure
     params = {n: v.to(reference.params[n].dtype) for n, v in fit.params.items()}
     with isolated(structure.program.dtype, 0):
         a = posterior(structure, reference.params).marginals

@@ -43,7 +43,7 @@ def describe(
         "Assignments: "
         + (", ".join(_shortened([f"{z} ({k} states)" for z, k in states])) or "none")
         + ".",
-        "Engine: trace (one enumerated Pyro trace for each pass over the data).",
+        f"Engine: {problem.engine.description}.",
         "",
         "How EM updates each parameter:"
         if solver == "EM"

@@ -3,25 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyroem.errors import DataError, SettingError
-from pyroem.estep.trace import expectation
+from pyroem._pyro import as_data, isolated
+from pyroem.errors import DataError, PyroemError, SettingError
+from pyroem.estep.agreement import check_kernel
+from pyroem.estep.engine import Engine, MixtureEngine, TraceEngine
+from pyroem.estep.kernel import Rows
+from pyroem.estep.mixture import Mixture, mixture_of
 from pyroem.mstep.plan import Plan, Rung, make_plan
 from pyroem.mstep.scales import variance_floors
 from pyroem.mstep.update import THOROUGH, Expected, m_step
 from pyroem.reading import read
+from pyroem.sampling import leading_size, sample_rows, take
 from pyroem.structure import Params, Structure
 from pyroem.symmetry import StateGroup, state_groups
+from pyroem.whole import whole_data
+
+ENGINES = ("auto", "kernel", "trace")
+SAMPLE, LARGE = 2003, 8192  # rows that a large problem is read on; what is large
+PER_STATE = 50  # rows of the sample for each joint state
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Everything that a solver needs: structure, plan, row weights, variance floors, states."""
+    """Everything that a solver needs: structure, plan, row weights, variance floors, states.
+
+    ``smaller`` is the problem on some of the rows, with the same plan, where the data is large:
+    starts are sought there.
+    """
 
     structure: Structure
     plan: Plan
@@ -29,6 +43,13 @@ class Problem:
     floors: dict[str, Tensor]
     floor: float
     groups: tuple[StateGroup, ...]
+    engine: Engine
+    smaller: Problem | None = None
+
+    @property
+    def sample(self) -> Problem:
+        """The problem on a sample of its rows; itself where it is small."""
+        return self.smaller or self
 
     @property
     def rows(self) -> float:
@@ -42,14 +63,9 @@ class Problem:
         """The parameters that are not fixed."""
         return [b.name for b in self.plan.blocks.values() if b.rung is not Rung.FIXED]
 
-    def e_step(
-        self, params: Params, extra_weights: Tensor | None = None
-    ) -> tuple[Expected, Tensor]:
+    def e_step(self, params: Params) -> tuple[Expected, Tensor]:
         """Expected statistics and log prior at ``params``."""
-        weights = self.row_weights
-        if extra_weights is not None:
-            weights = extra_weights if weights is None else weights * extra_weights
-        return expectation(self.structure, self.plan, params, weights)
+        return self.engine.expect(params)
 
     def m_step(
         self,
@@ -63,11 +79,7 @@ class Problem:
 
     def log_joint(self, params: Params) -> tuple[Tensor, Tensor]:
         """Log-likelihood and log prior at ``params``, differentiable."""
-        trace = self.structure.enumerate(params)
-        value = trace.log_likelihood(
-            trace.tensors(), weights=self.row_weights, unit=self.structure.unit
-        )
-        return value, self.structure.log_prior(trace)
+        return self.engine.log_joint(params)
 
     def clip(self, params: Params, factor: float = 1.0) -> Params:
         """``params`` with every variance above ``factor`` times its floor."""
@@ -88,15 +100,98 @@ def pose(
     fixed: Iterable[str] = (),
     floor: float = 0.0,
     weights: Any = None,
+    engine: str = "auto",
 ) -> Problem:
-    """Read a program with its data and plan its M-step."""
+    """Read a program with its data, plan its M-step and choose its engine.
+
+    Large data is read on a sample of its rows, where the program runs on a sample of rows as on
+    all of them (which is checked).
+    """
+    fixed = tuple(fixed)
     with torch.inference_mode(False):
-        structure = read(model, args, kwargs, dtype=dtype)
+        data = as_data(args, dtype), as_data(dict(kwargs), dtype)
+        if engine != "trace" and leading_size(data) >= LARGE:
+            large = _pose_large(model, *data, dtype, fixed, floor, weights, SAMPLE)
+            if large is not None:
+                return large
+        structure = read(model, *data, dtype=dtype)
         plan = make_plan(structure, fixed)
         row_weights = None if weights is None else check_weights(weights, structure)
-        floors = variance_floors(structure, plan.blocks, floor)
-        groups = tuple(state_groups(structure, plan))
-    return Problem(structure, plan, row_weights, floors, floor, groups)
+        mixture = mixture_of(structure, plan)
+        if engine == "kernel" and isinstance(mixture, str):
+            raise SettingError(f"engine='kernel': the program has no kernel: {mixture}.")
+        if engine == "trace" or isinstance(mixture, str):
+            why = "" if engine == "trace" else str(mixture)
+            return _problem(structure, plan, row_weights, floor, why)
+        nodes = plan.reading.traces[0].trace.nodes
+        return _problem(structure, plan, row_weights, floor, mixture, nodes)
+
+
+def _problem(
+    structure: Structure,
+    plan: Plan,
+    row_weights: Tensor | None,
+    floor: float,
+    mixture: Mixture | str,
+    nodes: Any = None,
+) -> Problem:
+    floors = variance_floors(structure, plan.blocks, floor)
+    groups = tuple(state_groups(structure, plan))
+    if isinstance(mixture, str):
+        engine: Engine = TraceEngine(structure, plan, row_weights, mixture)
+    else:
+        with isolated(structure.program.dtype, 0), torch.no_grad():
+            rows = Rows(mixture, nodes, row_weights)
+            check_kernel(rows)
+            engine = MixtureEngine(mixture, [rows])
+    return Problem(structure, plan, row_weights, floors, floor, groups, engine)
+
+
+def _pose_large(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dtype: torch.dtype,
+    fixed: tuple[str, ...],
+    floor: float,
+    weights: Any,
+    size: int,
+) -> Problem | None:
+    """The problem, read on a sample of ``size`` rows; None where the whole has to be read."""
+    rows = leading_size((args, kwargs))
+    row_weights = None
+    try:
+        if weights is not None:
+            row_weights = torch.as_tensor(weights).to(dtype)
+        index = sample_rows(rows, size, row_weights)
+        few = take((args, kwargs), index, rows)
+        structure = read(model, *few, dtype=dtype)
+        if structure.unit_shape != (len(index),):
+            return None
+        states = sum(structure.assignments.values())
+        if PER_STATE * states > size and size < rows // 2:
+            more = min(PER_STATE * states, rows // 2)
+            return _pose_large(model, args, kwargs, dtype, fixed, floor, weights, more)
+        with isolated(dtype, 0), torch.no_grad():
+            data = whole_data(structure, args, kwargs, rows, index)
+            if data is None:
+                return None
+            structure = replace(structure, parameters=data.parameters)
+            plan = make_plan(structure, fixed)
+            mixture = mixture_of(structure, plan)
+            whole = replace(structure, program=data.program, unit_shape=(rows,))
+            if row_weights is not None:
+                row_weights = check_weights(row_weights, whole)
+            if isinstance(mixture, str) or not data.agrees(plan):
+                return None
+            own = None if row_weights is None else row_weights[index]
+            small = _problem(
+                structure, plan, own, floor, mixture, plan.reading.traces[0].trace.nodes
+            )
+            engine = MixtureEngine(mixture, [Rows(mixture, data.nodes, row_weights)])
+    except PyroemError:
+        return None  # what is wrong is found, and told, on all the data
+    return replace(small, structure=whole, row_weights=row_weights, engine=engine, smaller=small)
 
 
 def check_weights(weights: Any, structure: Structure) -> Tensor:

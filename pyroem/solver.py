@@ -17,7 +17,7 @@ from pyroem.guesses import escape
 from pyroem.interrupt import checkpoint, deferred, pressed
 from pyroem.loop import Outcome, Progress, Restart, Rule, State, Status, iterate, rank, steepest
 from pyroem.mstep.plan import Rung
-from pyroem.problem import Problem, pose
+from pyroem.problem import ENGINES, Problem, pose
 from pyroem.starts import Start, starts
 from pyroem.structure import Params
 from pyroem.symmetry import coinciding
@@ -42,6 +42,10 @@ SETTINGS = """
         variance that ends at its floor makes the fit DEGENERATE.
     dtype
         The floating type of the fit; data and constants are cast to it.
+    engine
+        ``"kernel"``: matrix products over the statistics of the rows, for independent rows with
+        finite assignments and exponential families; ``"trace"``: one enumerated Pyro trace for
+        each pass, for every program; ``"auto"``: the kernel where there is one.
     progress
         Show a line of progress on stderr.
     """
@@ -57,6 +61,7 @@ class Solver:
     fixed: Iterable[str] = ()
     floor: float = 1e-10
     dtype: torch.dtype = torch.float64
+    engine: str = "auto"
     progress: bool = False
 
     name: ClassVar[str] = "solver"
@@ -81,6 +86,10 @@ class Solver:
         if self.dtype not in (torch.float32, torch.float64):
             raise SettingError(
                 f"{own}: dtype must be torch.float64 or torch.float32, got {self.dtype!r}."
+            )
+        if self.engine not in ENGINES:
+            raise SettingError(
+                f"{own}: engine must be one of {', '.join(ENGINES)}, got {self.engine!r}."
             )
         if not isinstance(self.fixed, Iterable):
             raise SettingError(f"{own}: fixed must be names of parameters, got {self.fixed!r}.")
@@ -118,6 +127,7 @@ class Solver:
             fixed=self.fixed,
             floor=self.floor,
             weights=weights,
+            engine=self.engine,
         )
 
     def check(self, problem: Problem) -> None:
@@ -175,7 +185,7 @@ class Solver:
             checkpoint()
             show = Progress(f"{self.name}: ", self.progress)
             with isolated(self.dtype, seed):
-                return self.solve(problem, starts(problem, init, restarts, seed, show), restarts)
+                return self.solve(problem, starts(problem.sample, init, restarts, seed, show), restarts)
 
     def solve(self, problem: Problem, chosen: Iterable[Start], count: int = 1) -> Fit:
         """Run from the first ``count`` starts, and from the others while no run is healthy.
@@ -235,7 +245,8 @@ def _judge(problem: Problem, solver: Solver, start: Start, outcome: Outcome) -> 
         return replace(outcome, status=Status.DEGENERATE, message=message)
     if failed:
         return outcome
-    structure, plan = problem.structure, problem.plan
+    small = problem.sample
+    structure, plan = small.structure, small.plan
     alike = coinciding(structure, plan, params, ALIKE)
     for z, pairs in coinciding(structure, plan, start.params).items():
         stuck = [pair for pair in pairs if pair in alike.get(z, [])]
@@ -251,9 +262,10 @@ def _judge(problem: Problem, solver: Solver, start: Start, outcome: Outcome) -> 
     if alike and not outcome.message:
         z, pairs = next(iter(alike.items()))
         message = f"states {pairs[0][0]} and {pairs[0][1]} of '{z}' ended alike"
-        gain = escape(problem, params) - outcome.state.log_joint
-        if gain > SADDLE * problem.rows:
-            message += f"; moving them apart raises the objective by at least {gain:.3g}"
+        gain = escape(small, params) - float(sum(small.log_joint(params)))
+        if gain > SADDLE * small.rows:
+            gain *= problem.rows / small.rows
+            message += f"; moving them apart raises the objective by about {gain:.3g}"
             return replace(outcome, status=Status.SYMMETRIC, message=message)
         return replace(outcome, message=f"{message}: fewer states may do")
     return outcome

@@ -24,6 +24,10 @@ class SiteStatistics:
         values = tuple(a + b for a, b in zip(self.values, other.values, strict=True))
         return SiteStatistics(self.weight + other.weight, values)
 
+    def scaled(self, factor: float | Tensor) -> SiteStatistics:
+        """All of them times ``factor``."""
+        return SiteStatistics(self.weight * factor, tuple(v * factor for v in self.values))
+
 
 Statistics = Mapping[str, SiteStatistics]
 

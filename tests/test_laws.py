@@ -19,6 +19,9 @@ from torch import Tensor
 import pyroem
 from pyroem import EM, MAP
 from pyroem._pyro import isolated, unwrap
+from pyroem.estep.engine import MixtureEngine
+from pyroem.estep.kernel import Rows
+from pyroem.estep.mixture import mixture_of
 from pyroem.families import forms
 from pyroem.mstep.plan import Rung
 from pyroem.mstep.update import Expected, closed_update, expected_sum
@@ -38,8 +41,8 @@ BY_NAME = {p.name: p for p in PROBLEMS}
 
 
 @cache
-def posed_by_name(name: str) -> Posed:
-    return pose(BY_NAME[name].model, BY_NAME[name].data, {})
+def posed_by_name(name: str, engine: str = "auto") -> Posed:
+    return pose(BY_NAME[name].model, BY_NAME[name].data, {}, engine=engine)
 
 
 def posed(problem: Problem) -> Posed:
@@ -314,17 +317,80 @@ def test_q_is_what_the_package_computes() -> None:
 
 
 # ---------------------------------------------------------------------------------------
+# 5. The kernel equals the trace
+
+KERNEL = [p for p in PROBLEMS if isinstance(posed_by_name(p.name).engine, MixtureEngine)]
+
+
+def test_most_programs_have_a_kernel() -> None:
+    without = {p.name for p in PROBLEMS} - {p.name for p in KERNEL}
+    assert without == {
+        "gamma_mixture",  # no family
+        "linear_regressions",
+        "poisson_regressions",
+        "nested_assignments",
+        "global_assignment",
+        "chain",  # a single chain: no independent rows
+    }
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("problem", KERNEL, ids=repr)
+def test_kernel_equals_trace(problem: Problem, weighted: bool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    shape = posed(problem).structure.unit_shape
+    weights = torch.rand(shape, generator=generator, dtype=torch.float64) if weighted else None
+    trace = pose(problem.model, problem.data, {}, weights=weights, engine="trace")
+    mixture = mixture_of(trace.structure, trace.plan)
+    assert not isinstance(mixture, str)
+    nodes = trace.plan.reading.traces[0].trace.nodes
+    exact: dict[str, Any] = {"rtol": 1e-11, "atol": 1e-10}
+    with isolated(torch.float64, 0):
+        wanted, prior = trace.e_step(problem.params)
+        whole = trace.log_joint(leaves(problem.params))
+        for cache, size in ((10**9, 10**9), (0, 10**9), (0, 17), (10**9, 17)):
+            rows = Rows(mixture, nodes, weights, cache)
+            rows.size = size
+            engine = MixtureEngine(mixture, [rows])
+            found, own_prior = engine.expect(problem.params)
+            torch.testing.assert_close(found.log_likelihood, wanted.log_likelihood, **exact)
+            torch.testing.assert_close(own_prior, prior, **exact)
+            for name, site in wanted.statistics.items():
+                own = found.statistics[name]
+                for a, b in zip(
+                    (own.weight, *own.values), (site.weight, *site.values), strict=True
+                ):
+                    torch.testing.assert_close(*torch.broadcast_tensors(a, b), **exact)
+        for a, b in zip(engine.log_joint(leaves(problem.params)), whole, strict=True):
+            torch.testing.assert_close(a, b, **exact)
+        at = [leaves(problem.params) for _ in range(2)]
+        totals = (sum(engine.log_joint(at[0])), sum(trace.log_joint(at[1])))
+        for total, point in zip(totals, at, strict=True):
+            torch.as_tensor(total).backward()
+        for name in problem.params:
+            torch.testing.assert_close(at[0][name].grad, at[1][name].grad, rtol=1e-9, atol=1e-9)
+
+
+def leaves(params: Params) -> Params:
+    return {name: value.clone().requires_grad_() for name, value in params.items()}
+
+
+# ---------------------------------------------------------------------------------------
 # 6. Statistics add
 
 
 @every_problem_with_rows
-def test_statistics_of_row_subsets_add_up(problem: Problem) -> None:
-    target = posed(problem)
+@pytest.mark.parametrize("engine", ["auto", "trace"])
+def test_statistics_of_row_subsets_add_up(problem: Problem, engine: str) -> None:
+    target = posed_by_name(problem.name, engine)
     rows = len(problem.data[0])
     first = (torch.arange(rows) % 3 == 0).double()
+    subsets = [
+        pose(problem.model, problem.data, {}, weights=w, engine=engine) for w in (first, 1 - first)
+    ]
     with isolated(torch.float64, 0):
         whole, _ = target.e_step(problem.params)
-        parts = [target.e_step(problem.params, w)[0] for w in (first, 1 - first)]
+        parts = [subset.e_step(problem.params)[0] for subset in subsets]
         total = add(parts[0].statistics, parts[1].statistics)
         value = parts[0].log_likelihood + parts[1].log_likelihood
         torch.testing.assert_close(value, whole.log_likelihood, rtol=1e-12, atol=1e-9)

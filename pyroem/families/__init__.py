@@ -83,6 +83,14 @@ class Family:
         data's mean and lose no digits.
     variance
         ``arguments -> variances`` of the event's elements, for the detection of collapse.
+    natural
+        ``arguments -> (eta, A)``: the natural parameters, shaped like the statistics, and the
+        log-normaliser. Without it they are found by differentiating ``log_density``.
+    base_measure
+        ``(distribution, x) -> h(x)``. Without it, it is found by comparison with ``log_prob``.
+    packed
+        ``(distribution, x) -> statistics`` with a symmetric matrix as the elements of its lower
+        triangle, row by row: half the work.
     """
 
     arguments: Callable[[Any], Arguments]
@@ -93,10 +101,40 @@ class Family:
     coordinates: tuple[Coordinate, ...] = ()
     location: str | None = None
     variance: Callable[[Arguments], Tensor] | None = None
+    natural: Callable[[Arguments], tuple[Statistics, Tensor]] | None = None
+    base_measure: Callable[[Any, Tensor], Tensor] | None = None
+    packed: Callable[[Any, Tensor], Statistics] | None = None
 
     def dims(self, argument: str) -> int:
         """The number of event dims of ``argument``."""
         return (self.argument_dims or {}).get(argument, 0)
+
+
+def natural_parameters(
+    family: Family, arguments: Arguments, example: Statistics
+) -> tuple[Statistics, Tensor]:
+    """``(eta, A)`` of a family, over the batch shape that ``example`` has.
+
+    ``log_density`` is linear in the statistics and the weight: its derivative by them is
+    ``(eta, -A)``, wherever it is taken. ``example`` (the statistics of some data) is a safe place.
+    """
+    if family.natural is not None:
+        return family.natural(arguments)
+    with torch.enable_grad():
+        leaves = [t.detach().clone().requires_grad_() for t in example]
+        batch = leaves[0].shape[: leaves[0].dim() - family.event_dims[0]]
+        weight = torch.ones(batch).to(leaves[0]).requires_grad_()
+        fixed = {name: value.detach() for name, value in arguments.items()}
+        density = family.log_density(fixed, tuple(leaves), weight)
+        *eta, minus_a = torch.autograd.grad(
+            density.sum(), [*leaves, weight], allow_unused=True, materialize_grads=True
+        )
+    return tuple(eta), -minus_a
+
+
+def flat(d: Any, x: Tensor) -> Tensor:
+    """The base measure of families whose ``h`` is zero."""
+    return torch.zeros((), dtype=torch.float64, device=x.device)
 
 
 _REGISTRY: dict[type, Family] = {}
@@ -127,6 +165,7 @@ def exponential_family(
     natural: Callable[..., Statistics],
     log_normaliser: Callable[..., Tensor],
     coordinates: tuple[Coordinate, ...] = (),
+    base_measure: Callable[[Any, Tensor], Tensor] | None = None,
 ) -> Family:
     """A family from its textbook definition, for scalar events.
 
@@ -151,6 +190,7 @@ def exponential_family(
         log_density,
         coordinates=coordinates,
         event_dims=(0,) * len(statistics(torch.ones(()))),
+        base_measure=base_measure,
     )
 
 

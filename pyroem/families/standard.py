@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions.utils import logits_to_probs, probs_to_logits
 from torch.nn.functional import softplus
 
-from pyroem.families import Arguments, Coordinate, Family, Statistics, forms, register_family
+from pyroem.families import Arguments, Coordinate, Family, Statistics, flat, forms, register_family
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -25,6 +25,13 @@ def _outer(x: Tensor, y: Tensor) -> Tensor:
 def _normal_log_density(args: Arguments, s: Statistics, w: Tensor) -> Tensor:
     loc, scale = args["loc"], args["scale"]
     return -0.5 * _squares(args, s, w) / scale**2 - w * (scale.log() + 0.5 * LOG_2PI) + 0 * loc
+
+
+def _normal_natural(args: Arguments) -> tuple[Statistics, Tensor]:
+    loc, precision = args["loc"], args["scale"] ** -2
+    first = loc * precision
+    normaliser = 0.5 * (loc * first + LOG_2PI) + args["scale"].log()
+    return (first, -0.5 * precision), normaliser
 
 
 def _squares(args: Arguments, s: Statistics, w: Tensor) -> Tensor:
@@ -54,6 +61,8 @@ register_family(
         lambda d: {"loc": d.loc, "scale": d.scale},
         lambda d, x: (x, x**2),
         _normal_log_density,
+        natural=_normal_natural,
+        base_measure=flat,
         event_dims=(0, 0),
         location="loc",
         variance=lambda args: args["scale"] ** 2,
@@ -121,6 +130,28 @@ def _multivariate_log_density(args: Arguments, s: Statistics, w: Tensor) -> Tens
     return -0.5 * quadratic - w * (log_det + 0.5 * LOG_2PI * tril.shape[-1])
 
 
+def _multivariate_natural(args: Arguments) -> tuple[Statistics, Tensor]:
+    tril = args["scale_tril"]
+    precision = torch.cholesky_inverse(tril)
+    first = (precision @ args["loc"].unsqueeze(-1)).squeeze(-1)
+    log_det = tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    distance = (args["loc"] * first).sum(-1)
+    normaliser = 0.5 * (distance + LOG_2PI * tril.shape[-1]) + log_det
+    return (first, -0.5 * precision), normaliser
+
+
+def _lower_products(x: Tensor) -> Tensor:
+    """``x_i x_j`` for ``i >= j``, row by row; rows of data stay contiguous in memory."""
+    columns = x.movedim(-1, 0)
+    size = columns.shape[0]
+    result = torch.empty((size * (size + 1) // 2, *columns.shape[1:]), dtype=x.dtype).to(x.device)
+    at = 0
+    for i in range(size):
+        torch.mul(columns[i], columns[: i + 1], out=result[at : at + i + 1])
+        at += i + 1
+    return result.movedim(0, -1)
+
+
 def _multivariate_location(s: Statistics, w: Tensor, args: Arguments) -> tuple[Tensor, Tensor]:
     precision = torch.cholesky_inverse(args["scale_tril"])
     b = (precision @ s[0].unsqueeze(-1)).squeeze(-1)
@@ -138,6 +169,9 @@ register_family(
         lambda d: {"loc": d.loc, "scale_tril": d._unbroadcasted_scale_tril},
         lambda d, x: (x, _outer(x, x)),
         _multivariate_log_density,
+        natural=_multivariate_natural,
+        base_measure=flat,
+        packed=lambda d, x: (x, _lower_products(x)),
         event_dims=(1, 2),
         argument_dims={"loc": 1, "scale_tril": 2},
         location="loc",
@@ -201,12 +235,24 @@ def _binary_log_density(args: Arguments, s: Statistics, w: Tensor) -> Tensor:
     return -s[0] * softplus(-logits) - s[1] * softplus(logits) + 0 * w
 
 
+def _binary_natural(args: Arguments) -> tuple[Statistics, Tensor]:
+    logits = args["logits"]
+    return (-softplus(-logits), -softplus(logits)), torch.zeros_like(logits)
+
+
+def _choose(d: dist.Binomial, x: Tensor) -> Tensor:
+    n = d.total_count
+    return torch.lgamma(n + 1) - torch.lgamma(x + 1) - torch.lgamma(n - x + 1)
+
+
 register_family(
     dist.Bernoulli,
     Family(
         lambda d: {"logits": d.logits},
         lambda d, x: (x, 1 - x),
         _binary_log_density,
+        natural=_binary_natural,
+        base_measure=flat,
         event_dims=(0, 0),
         coordinates=_SUCCESS,
     ),
@@ -217,6 +263,8 @@ register_family(
         lambda d: {"logits": d.logits},
         lambda d, x: (x, d.total_count - x),
         _binary_log_density,
+        natural=_binary_natural,
+        base_measure=_choose,
         event_dims=(0, 0),
         coordinates=_SUCCESS,
     ),
@@ -232,6 +280,15 @@ def _count_coefficients(s: Statistics, w: Tensor, args: Arguments) -> tuple[Tens
 
 def _count_log_density(args: Arguments, s: Statistics, w: Tensor) -> Tensor:
     return (s[0] * args["logits"]).sum(-1) + 0 * w
+
+
+def _count_natural(args: Arguments) -> tuple[Statistics, Tensor]:
+    logits = args["logits"]
+    return (logits,), torch.zeros_like(logits[..., 0])
+
+
+def _arrangements(d: dist.Multinomial, x: Tensor) -> Tensor:
+    return torch.lgamma(x.sum(-1) + 1) - torch.lgamma(x + 1).sum(-1)
 
 
 _CATEGORIES = (
@@ -259,10 +316,10 @@ def _one_hot(d: dist.Categorical, x: Tensor) -> Statistics:
     return ((x.unsqueeze(-1) == states).to(d.logits.dtype),)
 
 
-for _class, _statistics in (
-    (dist.Categorical, _one_hot),
-    (dist.OneHotCategorical, lambda d, x: (x,)),
-    (dist.Multinomial, lambda d, x: (x,)),
+for _class, _statistics, _measure in (
+    (dist.Categorical, _one_hot, flat),
+    (dist.OneHotCategorical, lambda d, x: (x,), flat),
+    (dist.Multinomial, lambda d, x: (x,), _arrangements),
 ):
     register_family(
         _class,
@@ -270,6 +327,8 @@ for _class, _statistics in (
             lambda d: {"logits": d.logits},
             _statistics,
             _count_log_density,
+            natural=_count_natural,
+            base_measure=_measure,
             event_dims=(1,),
             argument_dims={"logits": 1},
             coordinates=_CATEGORIES,
@@ -294,6 +353,8 @@ register_family(
         lambda d: {"rate": d.rate},
         lambda d, x: (x,),
         lambda args, s, w: torch.xlogy(s[0], args["rate"]) - w * args["rate"],
+        natural=lambda args: ((args["rate"].log(),), args["rate"]),
+        base_measure=lambda d, x: -torch.lgamma(x + 1),
         coordinates=(
             Coordinate("rate", "rate", forms.RATE, _poisson_coefficients),
             Coordinate(
@@ -308,6 +369,8 @@ register_family(
         lambda d: {"rate": d.rate},
         lambda d, x: (x,),
         lambda args, s, w: torch.xlogy(w, args["rate"]) - s[0] * args["rate"],
+        natural=lambda args: ((-args["rate"],), -args["rate"].log()),
+        base_measure=flat,
         coordinates=(
             Coordinate("rate", "rate", forms.RATE, _exponential_coefficients),
             Coordinate(

@@ -39,7 +39,7 @@ class Expected:
     weights: Mapping[str, Tensor]
 
 
-class _Run:
+class Run:
     """The program's distributions at some parameters, traced only if something asks."""
 
     def __init__(self, plan: Plan, params: Params) -> None:
@@ -48,12 +48,14 @@ class _Run:
 
     @property
     def nodes(self) -> Any:
+        """The sites of the program."""
         if self._nodes is None:
             structure = self.plan.structure
             self._nodes = structure.program.run(self.params, nesting=structure.nesting).nodes
         return self._nodes
 
     def arguments(self, site: SiteModel) -> Arguments:
+        """A site's canonical arguments."""
         return site.evaluate(self.params, lambda: unwrap(self.nodes[site.name]["fn"])[0])
 
     def prior(self, name: str) -> Any:
@@ -63,6 +65,7 @@ class _Run:
         return self.nodes[name]
 
     def log_prior(self, name: str) -> Tensor:
+        """The log prior density of a parameter."""
         site = {**self.prior(name), "value": self.params[name]}
         return (site_log_prob(site) * site["scale"]).sum()
 
@@ -127,7 +130,7 @@ def closed_update(
     """
     form, old = block.form, params[block.name]
     assert form is not None
-    run = _Run(plan, params)
+    run = Run(plan, params)
     totals = pooled(block, run, expected)
     batch = old.shape[: old.dim() - form.event_dim]
     if plan.structure.parameters[block.name].has_prior:
@@ -173,7 +176,7 @@ def _below(x: Tensor, prior: Any) -> Tensor:
     return torch.minimum(x, torch.nextafter(base.high.to(x), base.low.to(x)))
 
 
-def pooled(block: Block, run: _Run, expected: Expected) -> tuple[Tensor, ...]:
+def pooled(block: Block, run: Run, expected: Expected) -> tuple[Tensor, ...]:
     """The coefficients of a parameter's kernel, summed over every cell where it stands."""
     form, value = block.form, run.params[block.name]
     assert form is not None
@@ -233,7 +236,7 @@ def _on_statistics(
     priors = _priors_touched(plan, names)
 
     def objective(values: Params) -> Tensor:
-        run = _Run(plan, {**params, **values})
+        run = Run(plan, {**params, **values})
         total = torch.zeros((), dtype=plan.structure.program.dtype)
         for site in sites:
             total = total + site.expected_log_density(
@@ -260,7 +263,7 @@ def _on_data(plan: Plan, names: list[str], params: Params, expected: Expected) -
     priors = _priors_touched(plan, names)
 
     def objective(values: Params) -> Tensor:
-        run = _Run(plan, {**params, **values})
+        run = Run(plan, {**params, **values})
         total = torch.zeros((), dtype=structure.program.dtype)
         for s in sites:
             node = run.nodes[s]

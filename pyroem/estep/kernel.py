@@ -1,0 +1,258 @@
+"""The numbers of the mixture kernel: blocks of rows, matrix products, a softmax."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyroem._pyro import unwrap
+from pyroem.estep.columns import Columns
+from pyroem.estep.layout import Layout
+from pyroem.estep.mixture import Group, Mixture
+from pyroem.mstep.sites import pad
+from pyroem.mstep.update import Expected, Run
+from pyroem.statistics import SiteStatistics
+from pyroem.structure import Params, base_mask
+
+BLOCK = 700_000  # numbers in a block of Phi and L: they stay in the cache
+CACHE = 4_000_000  # numbers in all of Phi that are kept rather than made anew in each pass
+IMPOSSIBLE = -1e200  # a sum that holds the logarithm of zero
+
+
+class Rows:
+    """The data of all observations, in blocks, and their base measure."""
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        nodes: Mapping[str, Any],
+        weights: Tensor | None = None,
+        cache: int = CACHE,
+    ) -> None:
+        self.mixture, self.dtype = mixture, mixture.plan.structure.program.dtype
+        self.columns: dict[str, Columns] = {}
+        for layout in mixture.layouts:
+            node = nodes[layout.site.name]
+            base, _, _ = unwrap(node["fn"])
+            mask = base_mask(node)
+            if mask is not None:
+                mask = pad(mask.to(layout.site.sufficient[0].dtype), layout.rank, 0)
+            self.columns[layout.site.name] = Columns(layout, base, node["value"], mask)
+        self.num_rows = max(c.num_rows for c in self.columns.values())
+        self.weights = None if weights is None else weights.reshape(-1)
+        self.total = float(self.num_rows if weights is None else weights.sum())
+        features = sum(sum(layout.heights) for layout in mixture.layouts)
+        self.size = max(64, BLOCK // (features + 2 * mixture.num_states))
+        self.cached: list[list[list[Tensor]]] | None = None
+        if features * self.num_rows <= cache:
+            self.cached = [
+                [[torch.cat(self._made(b, 0, self.num_rows))] for _, b in g.observed]
+                for g in mixture.groups
+            ]
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """The rows of each block."""
+        for start in range(0, self.num_rows, self.size):
+            yield start, min(start + self.size, self.num_rows)
+
+    def _made(self, layouts: Iterable[Layout], start: int, stop: int) -> list[Tensor]:
+        pieces: list[Tensor] = []
+        for layout in layouts:
+            found, mask = self.columns[layout.site.name].block(start, stop)
+            pieces += found if mask is None else [*found, mask]
+        return pieces
+
+    def phi(self, group: int, part: int, start: int, stop: int) -> list[Tensor]:
+        """The statistics of a block: matrices to be stacked, or all of them in one."""
+        if self.cached is None:
+            return self._made(self.mixture.groups[group].observed[part][1], start, stop)
+        whole = self.cached[group][part]
+        return whole if stop - start == self.num_rows else [whole[0][:, start:stop]]
+
+    def measure_of(self, start: int, stop: int) -> Tensor:
+        """The base measure of a block's rows."""
+        total = torch.zeros((), dtype=self.dtype)
+        for column in self.columns.values():
+            if column.has_measure:
+                total = total + column.measure(start, stop)
+        return total.expand(stop - start)
+
+    @cached_property
+    def measure(self) -> float:
+        """The weighted sum of the base measure over all rows."""
+        total = 0.0
+        if any(column.has_measure for column in self.columns.values()):
+            for start, stop in self.blocks():
+                h = self.measure_of(start, stop)
+                total += float(h.sum() if self.weights is None else h @ self.weights[start:stop])
+        return total
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """``base`` and ``E`` of every group at some parameters.
+
+    ``base`` (joint states by one) holds the log prior of the states and the log-normalisers;
+    ``natural`` for each part of the observations the natural parameters (states by features).
+    """
+
+    base: tuple[Tensor, ...]
+    natural: tuple[tuple[list[Tensor], ...], ...]
+
+
+def coefficients(mixture: Mixture, params: Params, stacked: bool) -> Coefficients:
+    """The natural parameters of every site at ``params``, in one matrix if ``stacked``."""
+    run = Run(mixture.plan, params)
+    bases, naturals = [], []
+    for group in mixture.groups:
+        base = torch.zeros((1,) * len(group.sizes), dtype=mixture.plan.structure.program.dtype)
+        for assigned in group.assigned:
+            base = base + assigned.log_prior(run.arguments(assigned.site))
+        parts = []
+        for axes, layouts in group.observed:
+            etas: list[Tensor] = []
+            for layout in layouts:
+                site = layout.site
+                found, normaliser = layout.natural(site.centred(run.arguments(site)))
+                etas += found
+                if site.mask is None:
+                    base = base - group.spread(normaliser.sum(1) * layout.repeats, axes)
+                else:
+                    etas.append(-normaliser)
+            parts.append([torch.cat(etas, 1)] if stacked else etas)
+        bases.append(base.expand(group.sizes).reshape(-1, 1))
+        naturals.append(tuple(parts))
+    return Coefficients(tuple(bases), tuple(naturals))
+
+
+def log_joint_states(
+    group: Group, base: Tensor, natural: tuple[list[Tensor], ...], phi: list[list[Tensor]], n: int
+) -> Tensor:
+    """``L`` of ``n`` rows: the joint states by the rows, without the base measure."""
+    total: Tensor | None = None
+    for (axes, _), etas, pieces in zip(group.observed, natural, phi, strict=True):
+        whole = len(axes) == len(group.sizes)
+        own = torch.addmm(base, etas[0], pieces[0]) if whole else etas[0] @ pieces[0]
+        for eta, piece in zip(etas[1:], pieces[1:], strict=True):
+            own.addmm_(eta, piece)
+        if whole:
+            total = own
+        else:
+            before = base if total is None else total
+            spread = group.spread(own, axes)
+            total = (before.reshape((*group.sizes, -1)) + spread).reshape(base.shape[0], -1)
+    return base.expand(-1, n).clone() if total is None else total
+
+
+def normalise(joint: Tensor, weights: Tensor | None) -> Tensor:
+    """``L`` to the (weighted) posterior ``R``, in place; returns the rows' log-likelihoods."""
+    most = joint.amax(0)
+    joint.sub_(most).exp_()
+    total = joint.sum(0)
+    joint.mul_(total.reciprocal() if weights is None else weights / total)
+    return most.add_(total.log_())
+
+
+def expect(mixture: Mixture, chunks: Iterable[Rows], params: Params) -> Expected:
+    """The E-step: the log-likelihood and the expected statistics of every site."""
+    found: dict[bool, Coefficients] = {}
+    totals = [_Totals() for _ in mixture.groups]
+    value = torch.zeros((), dtype=mixture.plan.structure.program.dtype)
+    for rows in chunks:
+        stacked = rows.cached is not None
+        if stacked not in found:
+            found[stacked] = coefficients(mixture, params, stacked)
+        value = value + _add(mixture, rows, found[stacked], totals) + rows.measure
+    statistics: dict[str, SiteStatistics] = {}
+    for group, total in zip(mixture.groups, totals, strict=True):
+        statistics.update(total.statistics(group))
+    run = Run(mixture.plan, params)
+    for site, own, measure in mixture.outside:
+        statistics[site.name] = own
+        value = value + site.expected_log_density(run.arguments(site), own) + measure
+    if mixture.scale != 1.0:
+        statistics = {name: s.scaled(mixture.scale) for name, s in statistics.items()}
+        value = value * mixture.scale
+    return Expected(torch.where(value < IMPOSSIBLE, -torch.inf, value), statistics, {})
+
+
+def _add(
+    mixture: Mixture, rows: Rows, found: Coefficients, totals: list[_Totals]
+) -> Tensor | float:
+    """Add the statistics of all blocks to ``totals``; returns the log-likelihood."""
+    likelihood: Tensor | float = 0.0
+    for start, stop in rows.blocks():
+        weights = None if rows.weights is None else rows.weights[start:stop]
+        for g, group in enumerate(mixture.groups):
+            phi = [rows.phi(g, part, start, stop) for part in range(len(group.observed))]
+            joint = log_joint_states(group, found.base[g], found.natural[g], phi, stop - start)
+            by_row = normalise(joint, weights)
+            likelihood = likelihood + (by_row.sum() if weights is None else by_row @ weights)
+            totals[g].add(group, joint, phi)
+    return likelihood
+
+
+class _Totals:
+    """Sums over the blocks, for one group."""
+
+    def __init__(self) -> None:
+        self.counts: Tensor | None = None
+        self.sums: list[list[Tensor]] = []
+
+    def add(self, group: Group, posterior: Tensor, phi: list[list[Tensor]]) -> None:
+        """Add ``Phi R'`` of a block."""
+        if self.counts is None:
+            self.counts = posterior.sum(1)
+            self.sums = [
+                [piece @ group.marginal(posterior, axes).T for piece in pieces]
+                for (axes, _), pieces in zip(group.observed, phi, strict=True)
+            ]
+            return
+        self.counts += posterior.sum(1)
+        for (axes, _), pieces, sums in zip(group.observed, phi, self.sums, strict=True):
+            columns = group.marginal(posterior, axes).T
+            for piece, total in zip(pieces, sums, strict=True):
+                total.addmm_(piece, columns)
+
+    def statistics(self, group: Group) -> dict[str, SiteStatistics]:
+        """The expected statistics of every site of the group."""
+        assert self.counts is not None
+        counts = self.counts.reshape(group.sizes)
+        result = {a.site.name: a.expected(counts) for a in group.assigned}
+        for (axes, layouts), sums in zip(group.observed, self.sums, strict=True):
+            weight = group.marginal(self.counts.unsqueeze(1), axes).T
+            pieces = iter(_unstacked(layouts, sums))
+            for layout in layouts:
+                found = [next(pieces) for _ in layout.widths]
+                own = weight * layout.repeats if layout.site.mask is None else next(pieces)
+                result[layout.site.name] = layout.statistics(own, found)
+        return result
+
+
+def _unstacked(layouts: tuple[Layout, ...], sums: list[Tensor]) -> list[Tensor]:
+    """One matrix for each statistic."""
+    sizes = [w for layout in layouts for w in layout.heights]
+    if len(sums) == len(sizes):
+        return sums
+    return list(sums[0].split(sizes))
+
+
+def posteriors(
+    mixture: Mixture, rows: Rows, params: Params
+) -> Iterator[tuple[int, int, list[Tensor], Tensor]]:
+    """Blocks of rows with the posterior of each group's joint states, and the log-likelihoods."""
+    found = coefficients(mixture, params, rows.cached is not None)
+    for start, stop in rows.blocks():
+        by_row = rows.measure_of(start, stop)
+        joints = []
+        for g, group in enumerate(mixture.groups):
+            phi = [rows.phi(g, part, start, stop) for part in range(len(group.observed))]
+            joint = log_joint_states(group, found.base[g], found.natural[g], phi, stop - start)
+            by_row = by_row + normalise(joint, None)
+            joints.append(joint)
+        yield start, stop, joints, by_row

@@ -1,0 +1,249 @@
+"""The mixture kernel: independent rows with finite assignments, as blocked matrix products.
+
+For every program whose rows are independent given the parameters, with a finite number of joint
+states of each row's assignments and an exponential family at every site. Within a *group*
+(assignments that share a site) the log-probabilities of all joint states are
+
+    L = base + E Phi,    log p(x_n) = logsumexp(L[:, n]),    R = exp(L - log p),    S = Phi R',
+
+in blocks of rows that stay in the processor's cache (:mod:`pyroem.estep.kernel`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from pyroem._pyro import unwrap
+from pyroem.estep.layout import Layout
+from pyroem.families import Arguments
+from pyroem.mstep.plan import Plan
+from pyroem.mstep.sites import SiteModel, pad
+from pyroem.statistics import SiteStatistics
+from pyroem.structure import Structure
+
+MOST_STATES = 4096  # joint states of a group
+
+
+@dataclass(frozen=True)
+class Assigned:
+    """An assignment's own site, with its base measure (of a ``Binomial``, say).
+
+    ``dims`` gives for each axis of the group the site's dim, or -1.
+    """
+
+    site: SiteModel
+    dims: tuple[int, ...]
+    measure: Tensor
+
+    def log_prior(self, arguments: Arguments) -> Tensor:
+        """``log p(z | parents)``, one dim for each axis of the group."""
+        density = _density(self.site, arguments) + self.measure
+        used = [d for d in self.dims if d >= 0]
+        rest = [d for d in range(density.dim()) if d not in used]
+        moved = density.permute([*rest, *used])[(0,) * len(rest)]
+        sizes = iter(moved.shape)
+        return moved.reshape([next(sizes) if d >= 0 else 1 for d in self.dims])
+
+    def expected(self, counts: Tensor) -> SiteStatistics:
+        """Expected statistics from the expected counts of the joint states."""
+        away = [i for i, d in enumerate(self.dims) if d < 0]
+        counts = counts.sum(away) if away else counts
+        used = [d for d in self.dims if d >= 0]
+        counts = counts.permute([i for i, _ in sorted(enumerate(used), key=lambda pair: pair[1])])
+        shape = [1] * len(self.site.shape)
+        for d, size in zip(sorted(used), counts.shape, strict=True):
+            shape[d] = size
+        return self.site.expected(counts.reshape(shape))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Assignments that share a site, with the sites that depend on them.
+
+    ``assigned`` are the assignments' own sites; ``observed`` the observations by the axes (places
+    in ``names``) of the assignments that they vary with.
+    """
+
+    names: tuple[str, ...]
+    sizes: tuple[int, ...]
+    assigned: tuple[Assigned, ...]
+    observed: tuple[tuple[tuple[int, ...], tuple[Layout, ...]], ...]
+
+    @cached_property
+    def num_states(self) -> int:
+        """The number of joint states."""
+        return int(torch.Size(self.sizes).numel())
+
+    def spread(self, x: Tensor, axes: tuple[int, ...]) -> Tensor:
+        """A matrix over the states of ``axes`` as a tensor that broadcasts over all of them."""
+        shape = [n if i in axes else 1 for i, n in enumerate(self.sizes)]
+        return x.reshape((*shape, *x.shape[1:]))
+
+    def marginal(self, x: Tensor, axes: tuple[int, ...]) -> Tensor:
+        """A matrix over the joint states summed to one over the states of ``axes``."""
+        away = [i for i in range(len(self.sizes)) if i not in axes]
+        if not away:
+            return x
+        total = x.reshape((*self.sizes, *x.shape[1:])).sum(away)
+        return total.reshape((-1, *x.shape[1:]))
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What the kernel needs of a plan: the groups, and the sites that stand outside the rows.
+
+    Those come with their statistics, which no assignment touches, and their base measure.
+    """
+
+    plan: Plan
+    groups: tuple[Group, ...]
+    outside: tuple[tuple[SiteModel, SiteStatistics, float], ...]
+    scale: float
+
+    @property
+    def num_states(self) -> int:
+        """The number of joint states of all groups together."""
+        return sum(group.num_states for group in self.groups)
+
+    @property
+    def layouts(self) -> Iterator[Layout]:
+        """All observations in the rows."""
+        for group in self.groups:
+            for _, layouts in group.observed:
+                yield from layouts
+
+
+def mixture_of(structure: Structure, plan: Plan) -> Mixture | str:
+    """The kernel of a program, or the reason why it has none."""
+    reading, trace, unit = plan.reading, plan.reading.traces[0], set(structure.unit)
+    if structure.imputed:
+        return "an assignment is partly known"
+    if not unit:
+        return "no plate makes independent rows"
+    parents: dict[str, dict[int, str]] = {}  # for each site the dims of the states it varies with
+    outside = []
+    for name in trace.factors:
+        site, plates = reading.sites.get(name), set(structure.plates[name])
+        if site is None:
+            return f"no exponential family is known for site '{name}'"
+        if site.along_rows:
+            return f"an argument of site '{name}' varies along the rows"
+        enumerated = _enumerated_dims(site, structure, plan)
+        varies = {d: z for d, z in enumerated.items() if d in site.keep or z == name}
+        if name in structure.assignments:
+            if plates != unit:
+                return f"assignment '{name}' does not stand in exactly the rows' plates"
+            if any(not _same_along(t, d) for t in site.sufficient for d in site.unit_dims):
+                return f"the states of assignment '{name}' differ by row"
+        elif not plates & unit and not varies:
+            outside.append(_outside(site, plan))
+            continue
+        elif not unit <= plates:
+            return f"site '{name}' does not stand in all of the rows' plates"
+        elif trace.trace.nodes[name]["value"].dim() > structure.nesting + len(
+            trace.trace.nodes[name]["fn"].event_shape
+        ):
+            return f"the data of site '{name}' differ by state"
+        parents[name] = varies
+    groups = []
+    linked = [set(v.values()) for v in parents.values()]
+    for names in _components(list(structure.assignments), linked):
+        ordered = tuple(z for z in structure.assignments if z in names)
+        sizes = tuple(structure.assignments[z] for z in ordered)
+        if torch.Size(sizes).numel() > MOST_STATES:
+            return f"{', '.join(ordered)} have {torch.Size(sizes).numel()} joint states"
+        own = {n: v for n, v in parents.items() if set(v.values()) & names or not (v or names)}
+        place = {n: {z: d for d, z in v.items()} for n, v in own.items()}
+        assigned = tuple(
+            _assigned(reading.sites[z], plan, tuple(place[z].get(other, -1) for other in ordered))
+            for z in ordered
+        )
+        observed: dict[tuple[int, ...], tuple[Layout, ...]] = {}
+        for n in own:
+            if n not in structure.assignments:
+                layout = _layout(reading.sites[n], structure, plan, own[n], ordered)
+                observed[layout.axes] = (*observed.get(layout.axes, ()), layout)
+        widest_first = sorted(observed.items(), key=lambda item: -len(item[0]))
+        groups.append(Group(ordered, sizes, assigned, tuple(widest_first)))
+    return Mixture(plan, tuple(groups), tuple(outside), float(trace.scale))
+
+
+def _enumerated_dims(site: SiteModel, structure: Structure, plan: Plan) -> dict[int, str]:
+    """The batch dims of a site that hold states, and of which assignment."""
+    trace = plan.reading.traces[0]
+    symbols = {s: z for z, s in trace.states.items()}
+    found = {}
+    for dim, symbol in trace.trace.nodes[site.name]["infer"]["_dim_to_symbol"].items():
+        at = len(site.shape) - site.events + dim
+        if symbol in symbols and at >= 0:
+            found[at] = symbols[symbol]
+    return found
+
+
+def _same_along(x: Tensor, dim: int) -> bool:
+    return x.shape[dim] == 1 or bool((x == x.narrow(dim, 0, 1)).all())
+
+
+def _density(site: SiteModel, arguments: Arguments) -> Tensor:
+    one = torch.ones((1,) * len(site.shape)).to(site.sufficient[0])
+    return site.family.log_density(arguments, site.sufficient, one)
+
+
+def _assigned(site: SiteModel, plan: Plan, dims: tuple[int, ...]) -> Assigned:
+    shape = tuple(1 if d in site.unit_dims else n for d, n in enumerate(site.shape))
+    base, _, _ = unwrap(plan.reading.traces[0].trace.nodes[site.name]["fn"])
+    value = plan.reading.traces[0].trace.nodes[site.name]["value"]
+    arguments = site.evaluate(plan.reading.points[0], lambda: base)
+    measure = pad(base.log_prob(value), len(shape), 0) - _density(site, arguments)
+    sufficient = site.sufficient
+    for d in site.unit_dims:
+        measure = measure.narrow(d, 0, 1)
+        sufficient = tuple(t.narrow(d, 0, 1) for t in sufficient)
+    return Assigned(replace(site, shape=shape, sufficient=sufficient), dims, measure.detach())
+
+
+def _layout(
+    site: SiteModel,
+    structure: Structure,
+    plan: Plan,
+    varies: Mapping[int, str],
+    names: tuple[str, ...],
+) -> Layout:
+    enumerated = _enumerated_dims(site, structure, plan)
+    rest = [d for d in range(len(site.shape)) if d not in enumerated and d not in site.unit_dims]
+    placed = sorted((names.index(z), d) for d, z in varies.items())
+    return Layout(
+        site,
+        tuple(axis for axis, _ in placed),
+        tuple(d for _, d in placed),
+        tuple(d for d in rest if d in site.keep),
+        tuple(d for d in rest if d not in site.keep),
+        tuple(sorted(site.unit_dims)),
+    )
+
+
+def _components(names: list[str], linked: Iterable[set[str]]) -> list[set[str]]:
+    """The connected components; an empty one for what hangs on no assignment."""
+    groups: list[set[str]] = [{name} for name in names]
+    alone = False
+    for link in linked:
+        alone = alone or not link
+        touched = [g for g in groups if g & link]
+        if len(touched) > 1:
+            groups = [g for g in groups if not g & link]
+            groups.append(set().union(*touched))
+    return groups + ([set()] if alone else [])
+
+
+def _outside(site: SiteModel, plan: Plan) -> tuple[SiteModel, SiteStatistics, float]:
+    trace, point = plan.reading.traces[0], plan.reading.points[0]
+    dtype = site.sufficient[0].dtype
+    found = site.expected(torch.ones(site.shape[: len(site.shape) - site.events], dtype=dtype))
+    base, _, _ = unwrap(trace.trace.nodes[site.name]["fn"])
+    density = site.expected_log_density(site.evaluate(point, lambda: base), found)
+    return site, found, float(trace.factors[site.name].tensor.sum() - density)

@@ -1,0 +1,36 @@
+"""Rows of the arguments that a program is called with: their number, and a sample of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+
+def leading_size(data: Any) -> int:
+    """The largest first dim of any tensor in ``data`` (nested arguments): the likely rows."""
+    sizes = [x.shape[0] for x in tree_leaves(data) if isinstance(x, Tensor) and x.dim()]
+    return max(sizes, default=0)
+
+
+def take(data: Any, index: Tensor | slice, rows: int) -> Any:
+    """``data`` with the rows ``index`` of every tensor whose first dim is ``rows``."""
+
+    def cut(x: Any) -> Any:
+        if isinstance(x, Tensor) and x.dim() and x.shape[0] == rows:
+            return x[index.to(x.device) if isinstance(index, Tensor) else index]
+        return x
+
+    return tree_map(cut, data)
+
+
+def sample_rows(rows: int, size: int, weights: Tensor | None = None) -> Tensor:
+    """``size`` row numbers drawn without replacement, in order; of rows that weigh something."""
+    generator = torch.Generator().manual_seed(0)
+    if weights is None:
+        return torch.randperm(rows, generator=generator)[:size].sort().values
+    weighing = (weights.cpu() > 0).nonzero().reshape(-1)
+    chosen = torch.randperm(len(weighing), generator=generator)[:size]
+    return weighing[chosen].sort().values

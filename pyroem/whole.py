@@ -1,0 +1,124 @@
+"""All the data of a program that was read on some of its rows, and whether it fits that reading."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyroem._pyro import Program, plate_frames, unwrap
+from pyroem.checks import check_observation
+from pyroem.mstep.plan import Plan
+from pyroem.mstep.sites import narrow, pad
+from pyroem.structure import Parameter, Structure, base_mask
+
+SAME = 1e-12  # relative; what is computed from sums may differ in the last digits
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The program on all rows: its sites, and the values that it gives to its parameters.
+
+    ``index`` are the rows on which ``structure`` was read.
+    """
+
+    structure: Structure
+    program: Program
+    nodes: Mapping[str, Any]
+    parameters: dict[str, Parameter]
+    index: Tensor
+
+    def agrees(self, plan: Plan) -> bool:
+        """Whether all rows are what the reading of some said.
+
+        The data of those rows must be the same, and so must everything that does not belong to a
+        row: arguments and priors, which a program may have computed from all of the data.
+        """
+        structure, reading = self.structure, plan.reading
+        for point, trace in zip(reading.points, reading.traces, strict=True):
+            nodes = self.program.run(point, nesting=structure.nesting).nodes
+            some = trace.trace.nodes
+            for name in structure.observations:
+                if not _same_rows(self.structure, nodes[name], some[name], self.index):
+                    return False
+            for name, site in reading.sites.items():
+                base, few = unwrap(nodes[name]["fn"])[0], unwrap(some[name]["fn"])[0]
+                if type(base) is not type(few):
+                    return False
+                own = site.family.arguments(base)
+                for key, value in site.family.arguments(few).items():
+                    argument = site.arguments[key]
+                    rank, events = len(site.shape), argument.event_dim
+                    if not _constant(pad(own[key], rank, events), site.unit_dims):
+                        return False
+                    cut = (narrow(v, events, rank, argument.varies) for v in (own[key], value))
+                    if not _close(*cut):
+                        return False
+            for name in structure.parameters:
+                if structure.parameters[name].has_prior:
+                    densities = (n[name]["fn"].log_prob(point[name]) for n in (nodes, some))
+                    if not _close(*densities):
+                        return False
+        return True
+
+
+def whole_data(
+    structure: Structure, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int, index: Tensor
+) -> Whole | None:
+    """The program on all rows; None where it has other sites, plates or parameters than on some."""
+    program = replace(structure.program, args=args, kwargs=kwargs, fill={})
+    nodes = program.run({}, nesting=structure.nesting).nodes
+    fill = {}
+    for name in structure.factor_sites:
+        if name not in nodes:
+            return None
+        sizes = {f.name: f.size for f in plate_frames(nodes[name]) if f.vectorized}
+        if any(sizes.get(plate) != rows for plate in structure.unit if plate in sizes):
+            return None
+    for name in structure.observations:
+        filled = check_observation(nodes[name])
+        if filled is not None:
+            fill[name] = filled
+            nodes[name]["value"] = filled
+    parameters: dict[str, Parameter] = {}
+    for name, parameter in structure.parameters.items():
+        value = nodes[name]["value"].detach().clone().to(program.dtype)
+        if tuple(value.shape) != parameter.shape or not value.isfinite().all():
+            return None
+        parameters[name] = parameter if parameter.random else replace(parameter, value=value)
+    return Whole(structure, replace(program, fill=fill), nodes, parameters, index)
+
+
+def _same_rows(structure: Structure, whole: Any, some: Any, index: Tensor) -> bool:
+    """Whether the rows ``index`` of an observation are those of the sample; its mask too."""
+    frames = {f.name: f.dim for f in plate_frames(whole) if f.vectorized}
+    plate = structure.unit[0]
+    if plate not in frames:
+        return torch.equal(whole["value"], some["value"])
+    events = len(unwrap(whole["fn"])[0].event_shape)
+    declared = unwrap(whole["fn"])[1]
+    at = frames[plate] - declared
+    pairs = [(whole["value"], some["value"], at - events), (base_mask(whole), base_mask(some), at)]
+    for a, b, dim in pairs:
+        if a is None or b is None:
+            if a is not b:
+                return False
+            continue
+        if a.dim() >= -dim and a.shape[dim] > 1:
+            a = a.index_select(dim, index.to(a.device))
+        if not torch.equal(a, b):
+            return False
+    return True
+
+
+def _constant(x: Tensor, dims: frozenset[int]) -> bool:
+    return all(x.shape[d] == 1 or bool((x == x.narrow(d, 0, 1)).all()) for d in dims)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape:
+        return False
+    return bool(((a == b) | ((a - b).abs() <= SAME * (a.abs() + b.abs()))).all())
