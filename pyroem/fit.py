@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from torch import Tensor
 
 from pyroem._pyro import isolated, unwrap
 from pyroem.errors import ModelError, SettingError
+from pyroem.estep.engine import MixtureEngine
+from pyroem.estep.kernel import Rows, best_states, entropy, marginals, row_log_likelihoods
+from pyroem.estep.mixture import Mixture
 from pyroem.estep.trace import entropy_of_known, factor_weights, posterior
 from pyroem.explain import describe
 from pyroem.families import forms
@@ -117,13 +121,13 @@ class Fit:
         ``Bernoulli`` and ``OneHotCategorical`` assignments keep their kind; the others give a
         ``Categorical`` over the states.
         """
-        structure = self._structure(args, kwargs)
+        found = self._marginals(args, kwargs)
+        structure = self.problem.sample.structure
         with isolated(structure.program.dtype, 0):
-            marginals = posterior(structure, self.params).marginals
             nodes = structure.program.run(self.params).nodes
         return {
             z: _as_distribution(nodes[z if z in structure.assignments else f"{z}_unobserved"], p)
-            for z, p in marginals.items()
+            for z, p in found.items()
         }
 
     def responsibilities(self, *args: Any, **kwargs: Any) -> Any:
@@ -131,19 +135,47 @@ class Fit:
 
         One tensor where the program has one assignment, else a dict by assignment.
         """
-        structure = self._structure(args, kwargs)
-        with isolated(structure.program.dtype, 0):
-            return _single(posterior(structure, self.params).marginals)
+        return _single(self._marginals(args, kwargs))
+
+    def _marginals(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+        with self._kernel(args, kwargs) as kernel:
+            if kernel is not None:
+                return self._in_plates(marginals(*kernel, self.params), args, kwargs)
+            structure = self._structure(args, kwargs)
+            return posterior(structure, self.params).marginals
+
+    @contextlib.contextmanager
+    def _kernel(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Iterator[tuple[Mixture, Iterable[Rows]] | None]:
+        """The kernel and the rows that are asked about; None where the program has to be traced."""
+        problem = self.problem
+        with isolated(problem.structure.program.dtype, 0), torch.no_grad():
+            chunks = problem.chunks_of(self.params, args, kwargs)
+            if chunks is None or not isinstance(problem.engine, MixtureEngine):
+                yield None
+            else:
+                yield problem.engine.mixture, chunks
+
+    def _in_plates(
+        self, values: dict[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        """Rows folded into the plates that they come from."""
+        shape = (-1,) if args or kwargs else self.problem.structure.unit_shape
+        return {z: v.reshape((*shape, *v.shape[1:])) for z, v in values.items()}
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """The most probable joint assignment of each row (a chain's: Viterbi), as state numbers.
 
         One tensor where the program has one assignment, else a dict by assignment.
         """
-        structure = self._structure(args, kwargs)
-        with isolated(structure.program.dtype, 0):
-            best = posterior(structure, self.params, backend="logmax").marginals
-        return _single({z: p.argmax(-1) for z, p in best.items()})
+        with self._kernel(args, kwargs) as kernel:
+            if kernel is not None:
+                best = best_states(*kernel, self.params)
+                return _single(self._in_plates(best, args, kwargs))
+            structure = self._structure(args, kwargs)
+            found = posterior(structure, self.params, backend="logmax").marginals
+        return _single({z: p.argmax(-1) for z, p in found.items()})
 
     def log_prob(self, *args: Any, **kwargs: Any) -> Tensor:
         """The log-likelihood of each row (of each element of the rows' plates).
@@ -154,13 +186,18 @@ class Fit:
             Where the rows are not independent given the parameters (a global assignment, a
             factor outside their plate).
         """
+        structure, depends = self.problem.structure, self.problem.plan.reading.dependence
+        outside = [n for n, plates in structure.plates.items() if set(structure.unit) - set(plates)]
+        complete = not any(depends.get(n) for n in outside)
+        with self._kernel(args, kwargs) as kernel:
+            if kernel is not None and complete:
+                found = row_log_likelihoods(*kernel, self.params)
+                return self._in_plates({"": found}, args, kwargs)[""]
         structure = self._structure(args, kwargs)
         with isolated(structure.program.dtype, 0), torch.no_grad():
             trace = structure.enumerate(self.params)
-            rows, complete = trace.row_log_likelihood(trace.tensors(), structure.unit)
-        depends = self.problem.plan.reading.dependence
-        outside = [n for n, plates in structure.plates.items() if set(structure.unit) - set(plates)]
-        if not complete or any(depends.get(n) for n in outside):
+            rows, alone = trace.row_log_likelihood(trace.tensors(), structure.unit)
+        if not (complete and alone):
             raise ModelError(
                 "log_prob: the rows are not independent given the parameters, because some site"
                 " outside their plate ties them together. Use log_likelihood."
@@ -224,6 +261,9 @@ class Fit:
 
     def icl(self, rows: float | None = None) -> float:
         """``bic + 2 H``, with ``H`` the posterior entropy of all assignments jointly."""
+        with self._kernel((), {}) as kernel:
+            if kernel is not None:
+                return self.bic(rows) + 2 * float(entropy(*kernel, self.params))
         structure = self.problem.structure
         weights = self.problem.row_weights
         with isolated(structure.program.dtype, 0), torch.no_grad():

@@ -81,6 +81,31 @@ class Problem:
         """Log-likelihood and log prior at ``params``, differentiable."""
         return self.engine.log_joint(params)
 
+    def chunks_of(
+        self, params: Params, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Iterable[Rows] | None:
+        """The rows of new data (or of the problem's own, if there are none) for the kernel.
+
+        None where the trace engine has to be asked: it was not the kernel that fitted, the new
+        data is small, or the program makes something else of it than rows.
+        """
+        if not isinstance(self.engine, MixtureEngine):
+            return None
+        if not args and not kwargs:
+            return self.engine.chunks
+        dtype, structure = self.structure.program.dtype, self.sample.structure
+        data = as_data(args, dtype), as_data(dict(kwargs), dtype)
+        rows = leading_size(data)
+        if rows < LARGE or len(structure.unit) != 1:
+            return None
+        try:
+            whole = whole_data(structure, *data, rows, torch.arange(0))
+            if whole is None or not whole.agrees_at(self.plan, params):
+                return None
+        except PyroemError:
+            return None
+        return [Rows(self.engine.mixture, whole.nodes)]
+
     def clip(self, params: Params, factor: float = 1.0) -> Params:
         """``params`` with every variance above ``factor`` times its floor."""
         result = dict(params)

@@ -185,7 +185,9 @@ class Solver:
             checkpoint()
             show = Progress(f"{self.name}: ", self.progress)
             with isolated(self.dtype, seed):
-                return self.solve(problem, starts(problem.sample, init, restarts, seed, show), restarts)
+                return self.solve(
+                    problem, starts(problem.sample, init, restarts, seed, show), restarts
+                )
 
     def solve(self, problem: Problem, chosen: Iterable[Start], count: int = 1) -> Fit:
         """Run from the first ``count`` starts, and from the others while no run is healthy.

@@ -13,7 +13,8 @@ from pyroem._pyro import Program, plate_frames, unwrap
 from pyroem.checks import check_observation
 from pyroem.mstep.plan import Plan
 from pyroem.mstep.sites import narrow, pad
-from pyroem.structure import Parameter, Structure, base_mask
+from pyroem.mstep.update import Run
+from pyroem.structure import Parameter, Params, Structure, base_mask
 
 SAME = 1e-12  # relative; what is computed from sums may differ in the last digits
 
@@ -38,30 +39,34 @@ class Whole:
         row: arguments and priors, which a program may have computed from all of the data.
         """
         structure, reading = self.structure, plan.reading
-        for point, trace in zip(reading.points, reading.traces, strict=True):
-            nodes = self.program.run(point, nesting=structure.nesting).nodes
-            some = trace.trace.nodes
-            for name in structure.observations:
-                if not _same_rows(self.structure, nodes[name], some[name], self.index):
+        for name in structure.observations:
+            some = reading.traces[0].trace.nodes[name]
+            if not _same_rows(structure, self.nodes[name], some, self.index):
+                return False
+        return all(self.agrees_at(plan, point) for point in reading.points)
+
+    def agrees_at(self, plan: Plan, point: Params) -> bool:
+        """Whether arguments and priors are the same on all rows at ``point``."""
+        structure, some = self.structure, Run(plan, point)
+        nodes = self.program.run(point, nesting=structure.nesting).nodes
+        for name, site in plan.reading.sites.items():
+            base, few = unwrap(nodes[name]["fn"])[0], unwrap(some.nodes[name]["fn"])[0]
+            if type(base) is not type(few):
+                return False
+            own = site.family.arguments(base)
+            for key, value in site.family.arguments(few).items():
+                argument = site.arguments[key]
+                rank, events = len(site.shape), argument.event_dim
+                if not _constant(pad(own[key], rank, events), site.unit_dims):
                     return False
-            for name, site in reading.sites.items():
-                base, few = unwrap(nodes[name]["fn"])[0], unwrap(some[name]["fn"])[0]
-                if type(base) is not type(few):
+                cut = (narrow(v, events, rank, argument.varies) for v in (own[key], value))
+                if not _close(*cut):
                     return False
-                own = site.family.arguments(base)
-                for key, value in site.family.arguments(few).items():
-                    argument = site.arguments[key]
-                    rank, events = len(site.shape), argument.event_dim
-                    if not _constant(pad(own[key], rank, events), site.unit_dims):
-                        return False
-                    cut = (narrow(v, events, rank, argument.varies) for v in (own[key], value))
-                    if not _close(*cut):
-                        return False
-            for name in structure.parameters:
-                if structure.parameters[name].has_prior:
-                    densities = (n[name]["fn"].log_prob(point[name]) for n in (nodes, some))
-                    if not _close(*densities):
-                        return False
+        for name in structure.parameters:
+            if structure.parameters[name].has_prior:
+                densities = (n[name]["fn"].log_prob(point[name]) for n in (nodes, some.nodes))
+                if not _close(*densities):
+                    return False
         return True
 
 
@@ -70,7 +75,7 @@ def whole_data(
 ) -> Whole | None:
     """The program on all rows; None where it has other sites, plates or parameters than on some."""
     program = replace(structure.program, args=args, kwargs=kwargs, fill={})
-    nodes = program.run({}, nesting=structure.nesting).nodes
+    nodes = program.run(_first_states(structure)).nodes  # one state: nothing of size rows x states
     fill = {}
     for name in structure.factor_sites:
         if name not in nodes:
@@ -92,26 +97,52 @@ def whole_data(
     return Whole(structure, replace(program, fill=fill), nodes, parameters, index)
 
 
+def _first_states(structure: Structure) -> Params:
+    """The first state of every assignment."""
+    own = {name: parameter.value for name, parameter in structure.parameters.items()}
+    nodes = structure.program.run(own, nesting=structure.nesting).nodes
+    first = {}
+    for z in structure.assignments:
+        value = nodes[z]["value"]
+        events = len(nodes[z]["fn"].event_shape)
+        first[z] = value.reshape((-1, *value.shape[value.dim() - events :]))[0]
+    return first
+
+
 def _same_rows(structure: Structure, whole: Any, some: Any, index: Tensor) -> bool:
     """Whether the rows ``index`` of an observation are those of the sample; its mask too."""
     frames = {f.name: f.dim for f in plate_frames(whole) if f.vectorized}
     plate = structure.unit[0]
     if plate not in frames:
         return torch.equal(whole["value"], some["value"])
-    events = len(unwrap(whole["fn"])[0].event_shape)
-    declared = unwrap(whole["fn"])[1]
-    at = frames[plate] - declared
-    pairs = [(whole["value"], some["value"], at - events), (base_mask(whole), base_mask(some), at)]
-    for a, b, dim in pairs:
-        if a is None or b is None:
-            if a is not b:
-                return False
-            continue
-        if a.dim() >= -dim and a.shape[dim] > 1:
-            a = a.index_select(dim, index.to(a.device))
-        if not torch.equal(a, b):
-            return False
-    return True
+    base, declared, _ = unwrap(whole["fn"])
+    events, at = len(base.event_shape), frames[plate] - declared
+    value, mask = some["value"], _first(base_mask(some), structure.nesting + declared)
+    value = _first(value, structure.nesting + declared + events)
+    assert value is not None
+
+    def cut(x: Tensor, dim: int) -> Tensor:
+        if x.dim() < -dim or x.shape[dim] == 1:
+            return x
+        return x.index_select(dim, index.to(x.device))
+
+    own, own_mask = cut(whole["value"], at - events), base_mask(whole)
+    if own.shape != value.shape or (mask is None) != (own_mask is None):
+        return False
+    if mask is None or own_mask is None:
+        return torch.equal(own, value)
+    seen = mask.expand(value.shape[: value.dim() - events])
+    if not torch.equal(cut(own_mask, at).expand(seen.shape), seen):
+        return False
+    hidden = ~seen.reshape(seen.shape + (1,) * events)  # there each has its own filling
+    return bool(((own == value) | hidden).all())
+
+
+def _first(x: Tensor | None, rank: int) -> Tensor | None:
+    """``x`` in the first state: dims to the left of ``rank`` are those of states."""
+    while x is not None and x.dim() > rank:
+        x = x[0]
+    return x
 
 
 def _constant(x: Tensor, dims: frozenset[int]) -> bool:

@@ -365,7 +365,7 @@ def test_kernel_equals_trace(problem: Problem, weighted: bool) -> None:
             torch.testing.assert_close(a, b, **exact)
         at = [leaves(problem.params) for _ in range(2)]
         totals = (sum(engine.log_joint(at[0])), sum(trace.log_joint(at[1])))
-        for total, point in zip(totals, at, strict=True):
+        for total in totals:
             torch.as_tensor(total).backward()
         for name in problem.params:
             torch.testing.assert_close(at[0][name].grad, at[1][name].grad, rtol=1e-9, atol=1e-9)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyroem._pyro import Enumerated
 from pyroem.errors import ModelError
-from pyroem.estep.kernel import Rows
+from pyroem.estep.kernel import IMPOSSIBLE, Rows
 from pyroem.estep.layout import Layout
 from pyroem.mstep.sites import pad
 from pyroem.mstep.update import Run
@@ -55,7 +55,7 @@ def _by_kernel(rows: Rows, layout: Layout, run: Run, stop: int) -> tuple[Tensor,
     if column.has_measure:
         measure = column.measure(0, stop)
         total, size = total + measure, size + measure.abs()
-    return total, size
+    return torch.where(total < IMPOSSIBLE, -torch.inf, total), size
 
 
 def _by_trace(layout: Layout, trace: Enumerated, stop: int) -> Tensor:

@@ -244,8 +244,10 @@ def _unstacked(layouts: tuple[Layout, ...], sums: list[Tensor]) -> list[Tensor]:
 
 def posteriors(
     mixture: Mixture, rows: Rows, params: Params
-) -> Iterator[tuple[int, int, list[Tensor], Tensor]]:
-    """Blocks of rows with the posterior of each group's joint states, and the log-likelihoods."""
+) -> Iterator[tuple[list[Tensor], Tensor, Tensor | None]]:
+    """For each block the posterior of each group's joint states (states by rows), the rows'
+    log-likelihoods and their weights.
+    """
     found = coefficients(mixture, params, rows.cached is not None)
     for start, stop in rows.blocks():
         by_row = rows.measure_of(start, stop)
@@ -255,4 +257,46 @@ def posteriors(
             joint = log_joint_states(group, found.base[g], found.natural[g], phi, stop - start)
             by_row = by_row + normalise(joint, None)
             joints.append(joint)
-        yield start, stop, joints, by_row
+        weights = None if rows.weights is None else rows.weights[start:stop]
+        yield joints, by_row * mixture.scale, weights
+
+
+def marginals(mixture: Mixture, chunks: Iterable[Rows], params: Params) -> dict[str, Tensor]:
+    """For each assignment its posterior probabilities: rows by states."""
+    parts: dict[str, list[Tensor]] = {}
+    for rows in chunks:
+        for joints, _, _ in posteriors(mixture, rows, params):
+            for group, joint in zip(mixture.groups, joints, strict=True):
+                for axis, z in enumerate(group.names):
+                    parts.setdefault(z, []).append(group.marginal(joint, (axis,)).T)
+    return {z: torch.cat(found) for z, found in parts.items()}
+
+
+def best_states(mixture: Mixture, chunks: Iterable[Rows], params: Params) -> dict[str, Tensor]:
+    """For each assignment its state in the most probable joint assignment of each row."""
+    parts: dict[str, list[Tensor]] = {}
+    for rows in chunks:
+        for joints, _, _ in posteriors(mixture, rows, params):
+            for group, joint in zip(mixture.groups, joints, strict=True):
+                best = torch.unravel_index(joint.argmax(0), group.sizes) if group.sizes else ()
+                for z, states in zip(group.names, best, strict=True):
+                    parts.setdefault(z, []).append(states)
+    return {z: torch.cat(found) for z, found in parts.items()}
+
+
+def row_log_likelihoods(mixture: Mixture, chunks: Iterable[Rows], params: Params) -> Tensor:
+    """The log-likelihood of each row."""
+    return torch.cat(
+        [by_row for rows in chunks for _, by_row, _ in posteriors(mixture, rows, params)]
+    )
+
+
+def entropy(mixture: Mixture, chunks: Iterable[Rows], params: Params) -> Tensor:
+    """The (weighted) sum over the rows of the entropy of their assignments."""
+    total = torch.zeros((), dtype=mixture.plan.structure.program.dtype)
+    for rows in chunks:
+        for joints, _, weights in posteriors(mixture, rows, params):
+            for joint in joints:
+                own = torch.xlogy(joint, joint).sum(0)
+                total = total - (own.sum() if weights is None else own @ weights)
+    return total * mixture.scale
