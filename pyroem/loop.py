@@ -179,8 +179,7 @@ def iterate(
                 message = f"iteration {iteration} lowered the objective by {-change:.3g}"
                 break
             history.append(record)
-            moved = movement(new.params, state.params)
-            state = new
+            old, state = state, new
             if state.log_joint > best.log_joint:
                 best = state
             checkpoint()
@@ -190,6 +189,8 @@ def iterate(
             )
             settled = abs(change) / problem.rows <= max(rule.tol, _resolution(problem, state))
             level = new.slope <= steepest(problem, state, rule.tol)
+            # How far the parameters moved matters only where the objective did not.
+            moved = movement(new.params, old.params) if settled or change == 0 else math.inf
             still = still + 1 if moved == 0 and change == 0 else 0
             calm = calm + 1 if settled and level and moved <= rule.param_tol else 0
             if calm >= rule.patience:
@@ -230,9 +231,10 @@ def steepest(problem: Problem, state: State, tol: float) -> float:
 
 
 def _finite(state: State) -> bool:
-    return abs(state.log_joint) < float("inf") and all(
-        bool(v.isfinite().all()) for v in state.params.values()
-    )
+    if not math.isfinite(state.log_joint):
+        return False
+    total = sum((v.detach().sum() for v in state.params.values()), 0.0)
+    return math.isfinite(total) or all(bool(v.isfinite().all()) for v in state.params.values())
 
 
 def _culprit(state: State) -> str:

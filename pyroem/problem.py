@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -51,14 +52,14 @@ class Problem:
         """The problem on a sample of its rows; itself where it is small."""
         return self.smaller or self
 
-    @property
+    @cached_property
     def rows(self) -> float:
         """The number of rows, weighted."""
         if self.row_weights is None:
             return float(self.structure.num_rows)
         return max(float(self.row_weights.sum()), 1e-300)
 
-    @property
+    @cached_property
     def free(self) -> list[str]:
         """The parameters that are not fixed."""
         return [b.name for b in self.plan.blocks.values() if b.rung is not Rung.FIXED]

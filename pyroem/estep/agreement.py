@@ -45,7 +45,7 @@ def check_kernel(rows: Rows) -> None:
 def _by_kernel(rows: Rows, layout: Layout, run: Run, stop: int) -> tuple[Tensor, Tensor]:
     """A site's log-probabilities (its states by the rows), and the size of the terms summed."""
     site = layout.site
-    etas, normaliser = layout.natural(site.centred(run.arguments(site)))
+    etas, normaliser = layout.natural(run.centred(site))
     column = rows.columns[site.name]
     pieces, mask = column.block(0, stop)
     count = mask if mask is not None else torch.full((layout.num_features, 1), layout.repeats)

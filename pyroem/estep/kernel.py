@@ -110,18 +110,19 @@ def coefficients(mixture: Mixture, params: Params, stacked: bool) -> Coefficient
     run = Run(mixture.plan, params)
     bases, naturals = [], []
     for group in mixture.groups:
-        base = torch.zeros((1,) * len(group.sizes), dtype=mixture.plan.structure.program.dtype)
+        base = group.zero
         for assigned in group.assigned:
-            base = base + assigned.log_prior(run.arguments(assigned.site))
+            base = base + assigned.log_prior(run.centred(assigned.site))
         parts = []
         for axes, layouts in group.observed:
             etas: list[Tensor] = []
             for layout in layouts:
                 site = layout.site
-                found, normaliser = layout.natural(site.centred(run.arguments(site)))
+                found, normaliser = layout.natural(run.centred(site))
                 etas += found
                 if site.mask is None:
-                    base = base - group.spread(normaliser.sum(1) * layout.repeats, axes)
+                    total = normaliser.sum(1) if layout.num_features > 1 else normaliser
+                    base = base - group.spread((total * layout.repeats).reshape(-1), axes)
                 else:
                     etas.append(-normaliser)
             parts.append([torch.cat(etas, 1)] if stacked else etas)
@@ -150,12 +151,15 @@ def log_joint_states(
 
 
 def normalise(joint: Tensor, weights: Tensor | None) -> Tensor:
-    """``L`` to the (weighted) posterior ``R``, in place; returns the rows' log-likelihoods."""
-    most = joint.amax(0)
+    """``L`` (..., states, rows) to the (weighted) posterior ``R``, in place.
+
+    Returns the log-likelihoods (..., rows).
+    """
+    most = joint.amax(-2, keepdim=True)
     joint.sub_(most).exp_()
-    total = joint.sum(0)
+    total = joint.sum(-2, keepdim=True)
     joint.mul_(total.reciprocal() if weights is None else weights / total)
-    return most.add_(total.log_())
+    return most.add_(total.log_()).squeeze(-2)
 
 
 def expect(mixture: Mixture, chunks: Iterable[Rows], params: Params) -> Expected:
@@ -191,8 +195,11 @@ def _add(
         for g, group in enumerate(mixture.groups):
             phi = [rows.phi(g, part, start, stop) for part in range(len(group.observed))]
             joint = log_joint_states(group, found.base[g], found.natural[g], phi, stop - start)
-            by_row = normalise(joint, weights)
-            likelihood = likelihood + (by_row.sum() if weights is None else by_row @ weights)
+            copies = (
+                joint if mixture.copies is None else joint.view(mixture.copies, -1, stop - start)
+            )
+            by_row = normalise(copies, weights)
+            likelihood = likelihood + (by_row.sum(-1) if weights is None else by_row @ weights)
             totals[g].add(group, joint, phi)
     return likelihood
 

@@ -101,13 +101,17 @@ class Layout:
         return tuple(n if d in kept else 1 for d, n in enumerate(self.site.shape))
 
     @cached_property
+    def _state_cells(self) -> tuple[int, ...]:
+        return tuple(n if d in self.states else 1 for d, n in enumerate(self.site.shape))
+
+    @cached_property
     def _order(self) -> tuple[int, ...]:
         rest = [d for d in range(self.rank) if d not in self.states and d not in self.features]
         return (*self.states, *self.features, *rest)
 
     def natural(self, arguments: Arguments) -> tuple[list[Tensor], Tensor]:
         """``eta`` of each statistic (states by features) and ``A`` (states by feature cells)."""
-        family, rank = self.site.family, self.rank
+        family = self.site.family
         found, normaliser = natural_parameters(family, arguments, self._example)
         etas = []
         for eta, events, packed in zip(found, family.event_dims, self.packed, strict=True):
@@ -116,8 +120,8 @@ class Layout:
                 eta = eta[..., i, j] * torch.where(i == j, 1.0, 2.0).to(eta)
                 events = 1
             eta = eta.clamp(min=SMALLEST_LOG[eta.dtype])
-            etas.append(self._matrix(pad(eta, rank, events), events))
-        return etas, self._matrix(pad(normaliser, rank, 0), 0)
+            etas.append(self._matrix(eta, events))
+        return etas, self._matrix(normaliser, 0)
 
     @cached_property
     def _example(self) -> tuple[Tensor, ...]:
@@ -129,7 +133,17 @@ class Layout:
             example.append(t.expand(self._cells + t.shape[t.dim() - events :]))
         return tuple(example)
 
+    @cached_property
+    def _ordered(self) -> bool:
+        """Whether the dims stand in the order of the matrices already."""
+        kept = [d for d in self._order if self._cells[d] > 1]
+        return kept == sorted(kept)
+
     def _matrix(self, x: Tensor, events: int) -> Tensor:
+        batch = x.shape[: x.dim() - events]
+        if self._ordered and batch == self._cells:
+            return x.reshape(self.num_states, -1)
+        x = pad(x, self.rank, events)
         x = x.expand(self._cells + x.shape[x.dim() - events :])
         order = (*self._order, *range(self.rank, x.dim()))
         return x.permute(order).reshape(self.num_states, -1)
@@ -160,6 +174,9 @@ class Layout:
         """Rows (feature cells, event) by states to the site's batch dims, then the event."""
         kept = self.features if features else ()
         sizes = [self.site.shape[d] for d in kept]
+        if self._ordered:
+            at = self._cells if features else self._state_cells
+            return x.reshape(-1, self.num_states).T.reshape((*at, *event))
         x = x.reshape((*sizes, *event, *(self.site.shape[d] for d in self.states)))
         f, e = len(kept), len(event)
         present = sorted(

@@ -33,15 +33,36 @@ MOST_STATES = 4096  # joint states of a group
 class Assigned:
     """An assignment's own site, with its base measure (of a ``Binomial``, say).
 
-    ``dims`` gives for each axis of the group the site's dim, or -1.
+    ``dims`` gives for each axis of the group the site's dim, or -1. ``copied`` says that the first
+    axis counts copies.
     """
 
     site: SiteModel
     dims: tuple[int, ...]
     measure: Tensor
+    copied: bool = False
+
+    @cached_property
+    def plain(self) -> bool:
+        """Whether it is categorical and alone: the statistics are the counts themselves."""
+        one_hot = torch.eye(self.site.sufficient[0].shape[-1]).to(self.site.sufficient[0])
+        return (
+            len(self.dims) - self.copied == 1
+            and self.site.family.natural is not None
+            and len(self.site.sufficient) == 1
+            and self.site.family.event_dims == (1,)
+            and self.site.sufficient[0].numel() == one_hot.numel()
+            and torch.equal(self.site.sufficient[0].reshape(one_hot.shape), one_hot)
+            and not bool(self.measure.any())
+        )
 
     def log_prior(self, arguments: Arguments) -> Tensor:
         """``log p(z | parents)``, one dim for each axis of the group."""
+        if self.plain:
+            assert self.site.family.natural is not None
+            (logits,), normaliser = self.site.family.natural(arguments)
+            value = logits - normaliser.unsqueeze(-1)
+            return value.reshape((-1, value.shape[-1])[1 - self.copied :])
         density = _density(self.site, arguments) + self.measure
         used = [d for d in self.dims if d >= 0]
         rest = [d for d in range(density.dim()) if d not in used]
@@ -51,6 +72,10 @@ class Assigned:
 
     def expected(self, counts: Tensor) -> SiteStatistics:
         """Expected statistics from the expected counts of the joint states."""
+        if self.plain:
+            batch = (-1,) * self.copied + (1,) * (len(self.site.shape) - self.copied)
+            values = counts.reshape((*batch, counts.shape[-1]))
+            return SiteStatistics(values.sum(-1), (values,))
         away = [i for i, d in enumerate(self.dims) if d < 0]
         counts = counts.sum(away) if away else counts
         used = [d for d in self.dims if d >= 0]
@@ -66,18 +91,26 @@ class Group:
     """Assignments that share a site, with the sites that depend on them.
 
     ``assigned`` are the assignments' own sites; ``observed`` the observations by the axes (places
-    in ``names``) of the assignments that they vary with.
+    in ``names``) of the assignments that they vary with. ``copies`` of the group stand side by side
+    where several fits run as one: their axis comes first, and is not summed over.
     """
 
     names: tuple[str, ...]
     sizes: tuple[int, ...]
     assigned: tuple[Assigned, ...]
     observed: tuple[tuple[tuple[int, ...], tuple[Layout, ...]], ...]
+    copies: int = 1
 
     @cached_property
     def num_states(self) -> int:
-        """The number of joint states."""
+        """The number of joint states, of all copies together."""
         return int(torch.Size(self.sizes).numel())
+
+    @cached_property
+    def zero(self) -> Tensor:
+        """A number for each joint state, not yet filled in."""
+        dtype = self.assigned[0].site.sufficient[0].dtype if self.assigned else torch.float64
+        return torch.zeros((1,) * len(self.sizes), dtype=dtype)
 
     def spread(self, x: Tensor, axes: tuple[int, ...]) -> Tensor:
         """A matrix over the states of ``axes`` as a tensor that broadcasts over all of them."""
@@ -104,6 +137,7 @@ class Mixture:
     groups: tuple[Group, ...]
     outside: tuple[tuple[SiteModel, SiteStatistics, float], ...]
     scale: float
+    copies: int | None = None
 
     @property
     def num_states(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -42,3 +43,11 @@ class Block:
     uses: tuple[Use, ...] = ()
     lower: float = -torch.inf
     upper: float = torch.inf
+
+    @cached_property
+    def alone(self) -> bool:
+        """Whether it stands in one place, every element once and in order."""
+        if len(self.uses) != 1:
+            return False
+        cells = self.uses[0].cells.reshape(-1)
+        return torch.equal(cells, torch.arange(len(cells)).to(cells))

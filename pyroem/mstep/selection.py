@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -27,8 +28,20 @@ class Selection:
     sizes: dict[str, int]
     constants: Tensor
 
+    @cached_property
+    def whole(self) -> bool:
+        """Whether it is one parameter as it stands: every block once, in order."""
+        count = sum(self.sizes.values())
+        index = self.index.reshape(-1)
+        return len(self.offsets) == 1 and torch.equal(index, torch.arange(count).to(index))
+
     def argument(self, params: Mapping[str, Tensor]) -> Tensor:
         """The argument at ``params``."""
+        if self.whole:
+            value = params[next(iter(self.offsets))]
+            events = value.shape[value.dim() - self.constants.dim() + 1 :]
+            value = self.coordinate.canonical(value.reshape((*self.index.shape, *events)))
+            return self.coordinate.inverse(value)
         blocks = [
             self.coordinate.canonical(as_blocks(params[n], self.constants.dim() - 1))
             for n in self.offsets

@@ -14,7 +14,7 @@ from pyroem._pyro import site_log_prob, unwrap
 from pyroem.families import Arguments
 from pyroem.families.forms import Form
 from pyroem.mstep.maximise import maximise
-from pyroem.mstep.plan import Block, Plan, Rung
+from pyroem.mstep.plan import Block, Plan, Rung, Use
 from pyroem.mstep.selection import as_blocks
 from pyroem.mstep.sites import SiteModel
 from pyroem.statistics import Statistics
@@ -58,6 +58,10 @@ class Run:
         """A site's canonical arguments."""
         return site.evaluate(self.params, lambda: unwrap(self.nodes[site.name]["fn"])[0])
 
+    def centred(self, site: SiteModel) -> Arguments:
+        """A site's arguments, the location counted from the data's centre; each made when used."""
+        return _Centred(site, self)
+
     def prior(self, name: str) -> Any:
         """The prior's site, from the first reading where its arguments are constants."""
         if not self.plan.reading.prior_dependence[name]:
@@ -68,6 +72,26 @@ class Run:
         """The log prior density of a parameter."""
         site = {**self.prior(name), "value": self.params[name]}
         return (site_log_prob(site) * site["scale"]).sum()
+
+
+class _Centred(Arguments):
+    """Arguments that are evaluated when they are asked for."""
+
+    def __init__(self, site: SiteModel, run: Run) -> None:
+        super().__init__()
+        self.site, self.run = site, run
+
+    def __missing__(self, key: str) -> Tensor:
+        site = self.site
+        selection = site.arguments[key].selection
+        if selection is None:
+            value = self.run.arguments(site)[key]
+        else:
+            value = selection.argument(self.run.params)
+        if key == site.family.location and site.centre is not None:
+            value = value - site.centre
+        self[key] = value
+        return value
 
 
 def m_step(
@@ -182,16 +206,20 @@ def pooled(block: Block, run: Run, expected: Expected) -> tuple[Tensor, ...]:
     assert form is not None
     blocks = as_blocks(value, form.event_dim)
     event = tuple(blocks.shape[1:])
+    if block.alone:  # the usual case needs no sums
+        found = _coefficients(block.uses[0], run, expected, form)
+        shapes = [(*event[:1] * dims,) if form.event_dim else () for dims in form.coefficient_dims]
+        if all(
+            c.shape[: c.dim() - len(s)] == block.uses[0].cells.shape
+            for c, s in zip(found, shapes, strict=True)
+        ):
+            return tuple(c.reshape((len(blocks), *s)) for c, s in zip(found, shapes, strict=True))
     totals: list[Tensor] = []
     for dims in form.coefficient_dims:
         shape = (*event[:1] * dims,) if form.event_dim else ()
         totals.append(torch.zeros((len(blocks), *shape), dtype=value.dtype, device=value.device))
     for use in block.uses:
-        site, statistics = use.site, expected.statistics[use.site.name]
-        arguments = site.centred(run.arguments(site))
-        coefficients = use.coordinate.coefficients(statistics.values, statistics.weight, arguments)
-        if use.coordinate.argument == site.family.location:
-            coefficients = _uncentred(coefficients, site, form)
+        coefficients = _coefficients(use, run, expected, form)
         for i, (c, dims) in enumerate(zip(coefficients, form.coefficient_dims, strict=True)):
             batch = torch.broadcast_shapes(c.shape[: c.dim() - dims], use.cells.shape)
             index = use.cells.expand(batch).reshape(-1)
@@ -201,6 +229,16 @@ def pooled(block: Block, run: Run, expected: Expected) -> tuple[Tensor, ...]:
             chosen = index >= 0
             totals[i] = totals[i].index_add(0, index[chosen], c[chosen])
     return tuple(totals)
+
+
+def _coefficients(use: Use, run: Run, expected: Expected, form: Form) -> tuple[Tensor, ...]:
+    site, statistics = use.site, expected.statistics[use.site.name]
+    coefficients = use.coordinate.coefficients(
+        statistics.values, statistics.weight, run.centred(site)
+    )
+    if use.coordinate.argument == site.family.location:
+        return _uncentred(coefficients, site, form)
+    return coefficients
 
 
 def _uncentred(coefficients: tuple[Tensor, ...], site: SiteModel, form: Form) -> tuple[Tensor, ...]:
