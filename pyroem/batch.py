@@ -1,4 +1,4 @@
-"""Many EM runs of one program as one: the E-steps share the matrices, the M-steps their overhead."""
+"""Many EM runs of one program as one: E-steps share their matrices, M-steps their overhead."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from pyroem.estep.engine import MixtureEngine
-from pyroem.estep.kernel import expect
+from pyroem.estep.kernel import expect, expect_given
 from pyroem.estep.layout import Layout
 from pyroem.estep.mixture import Assigned, Group, Mixture
 from pyroem.mstep.copies import copied, copyable
 from pyroem.mstep.plan import Plan
-from pyroem.mstep.update import Expected, m_step
+from pyroem.mstep.update import QUICK, Expected, m_step
 from pyroem.problem import Problem
 from pyroem.structure import Params
 
@@ -28,6 +28,11 @@ def no_batch(problem: Problem) -> str:
     if any(problem.plan.reading.prior_dependence.values()):
         return "a prior depends on a parameter"
     return copyable(problem.plan)
+
+
+def has_one_group(problem: Problem) -> bool:
+    """Whether every observation hangs on the same assignments."""
+    return isinstance(problem.engine, MixtureEngine) and len(problem.engine.mixture.groups) == 1
 
 
 class Batch:
@@ -46,9 +51,19 @@ class Batch:
             expected = expect(self.mixture, self.chunks, params)
             return expected, expected.log_likelihood + self._log_prior(params)
 
-    def m_step(self, params: Params, expected: Expected) -> Params:
+    def expected_given(self, posterior: Tensor) -> Expected:
+        """Expected statistics under given posteriors: copies, states, rows (of one group)."""
+        (rows,) = self.chunks
+        if rows.weights is not None:
+            posterior = posterior * rows.weights
+        with torch.no_grad():
+            return expect_given(self.mixture, rows, posterior.reshape(-1, posterior.shape[-1]))
+
+    def m_step(
+        self, params: Params, expected: Expected, only: frozenset[str] | None = None
+    ) -> Params:
         """New parameters of every copy."""
-        return m_step(self.plan, params, expected, self.problem.floors)
+        return m_step(self.plan, params, expected, self.problem.floors, only, QUICK)
 
     def _log_prior(self, params: Params) -> Tensor:
         structure = self.problem.structure
@@ -60,7 +75,7 @@ class Batch:
                 total = total + found.reshape(self.count, -1).sum(1)
         return total
 
-    def settled_low(self, params: Params, margin: float) -> Tensor:
+    def collapsed(self, params: Params, margin: float) -> Tensor:
         """Which copies have a variance below ``margin`` times its floor."""
         low = torch.zeros(self.count, dtype=torch.bool)
         clipped = self.problem.clip(params, margin)
@@ -102,7 +117,7 @@ def _copied_group(group: Group, plan: Plan, count: int) -> Group:
         dims = (0, *(d + 1 if d >= 0 else -1 for d in a.dims))
         assigned.append(Assigned(site, dims, a.measure.unsqueeze(0), copied=True))
     observed = tuple(
-        ((0, *(i + 1 for i in axes)), tuple(_copied_layout(l, plan) for l in layouts))
+        ((0, *(i + 1 for i in axes)), tuple(_copied_layout(layout, plan) for layout in layouts))
         for axes, layouts in group.observed
     )
     sizes = (count, *group.sizes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from pyro import distributions as dist
 from torch import Tensor
@@ -9,6 +11,9 @@ from torch import Tensor
 from pyroem._pyro import Enumerated, unwrap
 from pyroem.problem import Problem
 from pyroem.symmetry import StateGroup
+
+MOST = 4_000_000  # numbers in one matrix of distances
+CHUNK = 100_000
 
 
 def rows_shape(problem: Problem, z: str) -> tuple[int, ...]:
@@ -77,29 +82,60 @@ def cluster_means(rows: Tensor, labels: Tensor) -> Tensor:
 
 
 def kmeans(
-    rows: Tensor, k: int, generator: torch.Generator, *, iterations: int = 20, sample: int = 20_000
+    rows: Tensor, k: int, seeds: Sequence[int], *, iterations: int = 20, sample: int = 20_000
 ) -> Tensor:
-    """Labels by k-means++ seeding and Lloyd's iterations (on a sample where rows are many).
+    """Labels (seeds by rows) by k-means++ seeding and Lloyd's iterations, for all seeds at once.
+
+    Where rows are many, the centres are found on a sample.
 
     Source: Arthur and Vassilvitskii (2007).
     """
     pool = rows
     if len(rows) > sample:
-        pool = rows[torch.randperm(len(rows), generator=generator)[:sample]]
-    first = int(torch.randint(len(pool), (1,), generator=generator))
-    centres = pool[first : first + 1]
-    for _ in range(1, k):
-        distance = torch.cdist(pool, centres).amin(1) ** 2
-        if float(distance.sum()) <= 0:
-            distance = torch.ones_like(distance)
-        chosen = torch.multinomial(distance, 1, generator=generator)
-        centres = torch.cat([centres, pool[chosen]])
+        generator = torch.Generator().manual_seed(seeds[0])
+        pool = rows[torch.randperm(len(rows), generator=generator)[:sample].to(rows.device)]
+    together = max(1, MOST // (len(pool) * k))
+    labels = [
+        _kmeans(rows, pool, k, seeds[i : i + together], iterations)
+        for i in range(0, len(seeds), together)
+    ]
+    return torch.cat(labels)
+
+
+def _kmeans(rows: Tensor, pool: Tensor, k: int, seeds: Sequence[int], iterations: int) -> Tensor:
+    draws = torch.stack(
+        [
+            torch.rand(k, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+            for seed in seeds
+        ]
+    ).to(rows)
+    first = (draws[:, 0] * len(pool)).long().clamp(max=len(pool) - 1)
+    centres, columns = pool[first].unsqueeze(1), pool.T.contiguous()  # seeds, centres, columns
+    squares = (columns**2).sum(0)
+    nearest = (_gaps(columns, centres)[:, 0] + squares).clamp(min=0)
+    for i in range(1, k):
+        total = nearest.cumsum(1)
+        wanted = draws[:, i : i + 1] * total[:, -1:]
+        even = (draws[:, i : i + 1] * len(pool)).long()  # every row is a centre already
+        chosen = torch.where(total[:, -1:] > 0, torch.searchsorted(total, wanted), even)
+        new = pool[chosen.clamp(max=len(pool) - 1)]
+        centres = torch.cat([centres, new], 1)
+        nearest = torch.minimum(nearest, (_gaps(columns, new)[:, 0] + squares).clamp(min=0))
     for _ in range(iterations):
-        labels = torch.cdist(pool, centres).argmin(1)
-        counts = torch.bincount(labels, minlength=k).to(pool)
-        sums = torch.zeros_like(centres).index_add_(0, labels, pool)
-        moved = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centres)
+        gaps = _gaps(columns, centres)
+        member = (gaps == gaps.amin(1, keepdim=True)).to(
+            pool
+        )  # faster than argmin; ties count twice
+        counts = member.sum(-1, keepdim=True)
+        sums = (member.reshape(-1, len(pool)) @ pool).reshape(centres.shape)
+        moved = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
         if torch.equal(moved, centres):
             break
         centres = moved
-    return torch.cat([torch.cdist(part, centres).argmin(1) for part in rows.split(100_000)])
+    return torch.cat([_gaps(part.T, centres).argmin(1) for part in rows.split(CHUNK)], 1)
+
+
+def _gaps(columns: Tensor, centres: Tensor) -> Tensor:
+    """Squared distances (seeds, centres, rows), without the squares of the rows themselves."""
+    cross = centres.reshape(-1, centres.shape[-1]) @ columns
+    return cross.mul_(-2).reshape(*centres.shape[:2], -1) + (centres**2).sum(-1, keepdim=True)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from pyroem._pyro import align
+from pyroem.batch import Batch, has_one_group, no_batch, stack, unstack
 from pyroem.clustering import cluster_means, features, kmeans, rows_shape
 from pyroem.estep.trace import collect, factor_weights, posterior
 from pyroem.mstep.update import QUICK
@@ -43,7 +46,7 @@ def guessed(
             continue
         for used in taken.get(len(rows), []):  # what another assignment explains already
             rows = rows - cluster_means(rows, used)
-        labels = kmeans(rows, group.num_states, generator)
+        labels = kmeans(rows, group.num_states, [seed])[0]
         taken.setdefault(len(rows), []).append(labels)
         other = (1 - CERTAINTY) / max(group.num_states - 1, 1)
         soft = torch.full((len(labels), group.num_states), other, dtype=rows.dtype)
@@ -55,6 +58,42 @@ def guessed(
             evidence[z] = soft[at : at + size].reshape((*shape, group.num_states))
             at += size
     return problem.clip(from_evidence(problem, pooled, evidence, importance, only))
+
+
+def guessed_together(
+    problem: Problem,
+    pooled: Params,
+    method: str,
+    seeds: Sequence[int],
+    only: frozenset[str] | None = None,
+) -> list[Params]:
+    """:func:`guessed` for many seeds, as one where the problem allows."""
+    group = problem.groups[0] if len(problem.groups) == 1 else None
+    alone = group is not None and len(group.assignments) == 1
+    if len(seeds) < 2 or not alone or no_batch(problem) or not has_one_group(problem):
+        return [guessed(problem, pooled, method, seed, only) for seed in seeds]
+    assert group is not None
+    z, k, count = group.assignments[0], group.num_states, len(seeds)
+    rows = int(torch.Size(rows_shape(problem, z)).numel())
+    trace = problem.plan.reading.traces[0]
+    seen = features(problem, trace, group) if method == "kmeans" else None
+    if seen is not None:
+        labels = kmeans(seen, k, seeds)
+        other = (1 - CERTAINTY) / max(k - 1, 1)
+        posterior = torch.full((count, k, rows), other, dtype=seen.dtype)
+        posterior.scatter_(1, labels.unsqueeze(1), CERTAINTY if k > 1 else 1.0)
+    else:
+        parts = []
+        for seed in seeds:
+            evidence: Evidence = {}
+            generator = torch.Generator().manual_seed(seed)
+            importance = _random(problem, group, evidence, generator, None)
+            soft = evidence[z].reshape(rows, k).T
+            parts.append(soft if importance is None else soft * importance.reshape(-1))
+        posterior = torch.stack(parts)
+    batch = Batch(problem, count)
+    found = batch.m_step(stack([pooled] * count), batch.expected_given(posterior), only)
+    return unstack(problem.clip(found))
 
 
 def from_evidence(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from pyroem._pyro import isolated
+from pyroem.batch import Batch, no_batch, stack, unstack
 from pyroem.diagnose import collapsed
 from pyroem.errors import SettingError
-from pyroem.guesses import from_evidence, guessed, placed
+from pyroem.guesses import from_evidence, guessed_together, placed
 from pyroem.interrupt import checkpoint
 from pyroem.mstep.plan import Rung
 from pyroem.problem import Problem
@@ -75,19 +76,22 @@ def starts(
     if init == "auto":
         return _auto(problem, program, count, seed, report)
     pooled = from_evidence(problem, placed(problem, program), {}, None)
-    return (_guess(problem, pooled, init, seed + i) for i in range(count))
+    return iter(_guesses(problem, pooled, init, range(seed, seed + count)))
 
 
-def _guess(
+def _guesses(
     problem: Problem,
     pooled: Params,
     method: str,
-    seed: int,
+    seeds: Sequence[int],
     only: frozenset[str] | None = None,
-) -> Start:
+) -> list[Start]:
     how = "k-means assignments" if method == "kmeans" else "random assignments"
-    params = guessed(problem, pooled, method, seed, only)
-    return Start(params, f"{how} (seed {seed}) and one M-step")
+    found = guessed_together(problem, pooled, method, seeds, only)
+    return [
+        Start(params, f"{how} (seed {seed}) and one M-step")
+        for params, seed in zip(found, seeds, strict=True)
+    ]
 
 
 def _refuse(what: str, count: int) -> NoReturn:
@@ -144,7 +148,7 @@ def _given(problem: Problem, given: Mapping[str, Any], seed: int) -> Start:
             _around(problem, program, rest), "the values given, the rest found around them"
         )
     pooled = from_evidence(problem, program, {}, None, rest)
-    start = _guess(problem, pooled, "kmeans", seed, rest)
+    (start,) = _guesses(problem, pooled, "kmeans", [seed], rest)
     return Start(start.params, f"the values given, the rest from {start.how}")
 
 
@@ -221,17 +225,17 @@ def _race(
         for field, method, many in zip(
             fields, ("kmeans", "random"), (max(tries, count), tries), strict=True
         ):
-            for i in range(many):
+            size = 1 if no_batch(problem) else many
+            for i in range(0, many, size):
                 checkpoint()
                 report(f"a {method} guess, {i + 1} of {many}")
-                guess = _guess(problem, pooled, method, 100 * seed + i, only)
-                field.append(_Run(problem, guess))
+                seeds = range(100 * seed + i, 100 * seed + i + size)
+                field += [_Run(problem, g) for g in _guesses(problem, pooled, method, seeds, only)]
         guesses = sum(map(len, fields))
         for length, share in laps if count == 1 else laps[:2]:
+            report(f"{sum(map(len, fields))} of {guesses} guesses in the race")
+            _advance(problem, [run for field in fields for run in field], length)
             for i, field in enumerate(fields):
-                for run in field:
-                    report(f"{sum(map(len, fields))} of {guesses} guesses in the race")
-                    run.advance(length)
                 keep = max(count, 1, round(share * len(field)))
                 fields[i] = _distinct(field, problem.rows, count)[:keep]
     except KeyboardInterrupt:
@@ -267,6 +271,33 @@ def _distinct(runs: list[_Run], rows: float, least: int) -> list[_Run]:
         same = abs(first[-1].promise[1] - run.promise[1]) <= 1e-9 * rows
         (again if same else first).append(run)
     return first + again[: max(0, least - len(first))]
+
+
+def _advance(problem: Problem, runs: list[_Run], iterations: int) -> None:
+    """Iterate all runs, as one where the problem allows."""
+    moving = [run for run in runs if not run.settled]
+    if len(moving) < 2 or no_batch(problem):
+        for run in moving:
+            run.advance(iterations)
+        return
+    batch = Batch(problem, len(moving))
+    params, values = stack([run.params for run in moving]), [run.promise[1] for run in moving]
+    try:
+        for _ in range(iterations):
+            expected, log_joint = batch.e_step(params)
+            before, values = values, log_joint.tolist()
+            for run, old, new in zip(moving, before, values, strict=True):
+                run.settled = not abs(new - old) > CALM * problem.rows
+            if all(run.settled for run in moving):
+                break
+            params = batch.m_step(params, expected)
+            checkpoint()
+    finally:  # an interrupt keeps what was reached
+        low = batch.collapsed(params, 100.0).tolist()
+        points = unstack(params)
+        for run, point, value, fallen in zip(moving, points, values, low, strict=True):
+            run.params = point
+            run.promise = (value == value and not fallen, value if value == value else -torch.inf)
 
 
 class _Run:

@@ -24,6 +24,11 @@ class SiteStatistics:
         values = tuple(a + b for a, b in zip(self.values, other.values, strict=True))
         return SiteStatistics(self.weight + other.weight, values)
 
+    def select(self, index: Tensor) -> SiteStatistics:
+        """Those of some copies, where the first dim counts copies."""
+        values = tuple(v.index_select(0, index) for v in self.values)
+        return SiteStatistics(self.weight.index_select(0, index), values)
+
     def scaled(self, factor: float | Tensor) -> SiteStatistics:
         """All of them times ``factor``."""
         return SiteStatistics(self.weight * factor, tuple(v * factor for v in self.values))

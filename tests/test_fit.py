@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 import pyroem
+import pyroem.batch
 from pyroem import EM, MAP, Fit, ModelError, SettingError, Status
 from pyroem import families as registry
 from pyroem.families import Coordinate, exponential_family, forms, register_family
@@ -475,20 +476,22 @@ def test_an_interrupt_ends_a_comparison() -> None:
     assert table.rows[1].status == "interrupted" and table.best in ("a", "b")
 
 
-def test_interrupted_search_for_a_start(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("engine", ["kernel", "trace"])
+def test_interrupted_search_for_a_start(monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
     calls = 0
-    inner = pyroem.problem.Problem.e_step
+    where = pyroem.batch.Batch if engine == "kernel" else pyroem.problem.Problem
+    inner = where.e_step
 
     def impatient(self: Any, params: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == 20:
+        if calls == (3 if engine == "kernel" else 20):
             raise KeyboardInterrupt
         return inner(self, params)
 
-    monkeypatch.setattr(pyroem.problem.Problem, "e_step", impatient)
+    monkeypatch.setattr(where, "e_step", impatient)
     x = BY_NAME["gaussian_mixture"].data[0]
-    fit = EM().fit(random_locations, x)
+    fit = EM(engine=engine).fit(random_locations, x)
     assert fit.status is Status.INTERRUPTED and fit.n_iter == 0
     assert "interrupted" in fit.start and math.isfinite(fit.log_joint)
 

@@ -25,7 +25,7 @@ LAYERS: list[set[str]] = [
     {"estep", "whole"},
     {"symmetry"},
     {"problem"},
-    {"diagnose", "clustering"},
+    {"diagnose", "clustering", "batch"},
     {"guesses", "loop"},
     {"starts"},
     {"explain"},

@@ -204,6 +204,16 @@ def _add(
     return likelihood
 
 
+def expect_given(mixture: Mixture, rows: Rows, posterior: Tensor) -> Expected:
+    """The statistics under given (weighted) posteriors of one group: joint states by rows."""
+    (group,), totals = mixture.groups, _Totals()
+    for start, stop in rows.blocks():
+        phi = [rows.phi(0, part, start, stop) for part in range(len(group.observed))]
+        totals.add(group, posterior[:, start:stop], phi)
+    nothing = torch.zeros((), dtype=posterior.dtype)
+    return Expected(nothing, totals.statistics(group), {})
+
+
 class _Totals:
     """Sums over the blocks, for one group."""
 

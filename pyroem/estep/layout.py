@@ -112,6 +112,8 @@ class Layout:
     def natural(self, arguments: Arguments) -> tuple[list[Tensor], Tensor]:
         """``eta`` of each statistic (states by features) and ``A`` (states by feature cells)."""
         family = self.site.family
+        if family.natural is None:  # the family's own function may want to see all of them
+            arguments = {key: arguments[key] for key in self.site.arguments}
         found, normaliser = natural_parameters(family, arguments, self._example)
         etas = []
         for eta, events, packed in zip(found, family.event_dims, self.packed, strict=True):

@@ -21,8 +21,6 @@ def copyable(plan: Plan) -> str:
     for block in plan.blocks.values():
         if block.rung not in (Rung.CLOSED_FORM, Rung.FIXED):
             return f"parameter '{block.name}' has no closed form"
-    if plan.interacting:
-        return "blocks are updated in turn until they settle"
     for site in plan.reading.sites.values():
         if any(a.selection is None for a in site.arguments.values()):
             return f"an argument of site '{site.name}' has to be asked of the program"
