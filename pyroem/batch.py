@@ -91,8 +91,12 @@ def stack(points: Sequence[Params]) -> Params:
 
 def unstack(params: Mapping[str, Tensor]) -> list[Params]:
     """The parameters of each run."""
-    count = len(next(iter(params.values())))
-    return [{name: value[i] for name, value in params.items()} for i in range(count)]
+    return [at(params, i) for i in range(len(next(iter(params.values()))))]
+
+
+def at(params: Mapping[str, Tensor], i: int) -> Params:
+    """The parameters of one run."""
+    return {name: value[i] for name, value in params.items()}
 
 
 def _copied_mixture(mixture: Mixture, plan: Plan, count: int) -> Mixture:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pyroem.batch import no_batch
 from pyroem.errors import ModelError
 from pyroem.loop import State
 from pyroem.mstep.update import QUICK, Expected
@@ -35,6 +36,11 @@ class EM(Solver):
                 "The program has no assignment: no unobserved sample site with finite discrete"
                 " support. EM has nothing to sum out; use MAP, or add the discrete variable."
             )
+
+    def together(self, problem: Problem) -> bool:
+        """Runs of a program with closed forms go as one batch."""
+        own = type(self).begin is EM.begin and type(self).step is EM.step
+        return own and not no_batch(problem)
 
     def begin(self, problem: Problem, params: Params) -> State:
         """The E-step at the start."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +22,7 @@ from pyroem.problem import ENGINES, Problem, pose
 from pyroem.starts import Start, starts
 from pyroem.structure import Params
 from pyroem.symmetry import coinciding
+from pyroem.together import iterate_together
 
 SADDLE = 1e-5  # nats a row that moving states apart gains at a saddle
 ALIKE = 1e-2  # nats; two states are alike where no log-probability differs by more
@@ -194,8 +196,8 @@ class Solver:
 
         The best healthy run becomes the fit.
         """
-        runs: list[tuple[Start, Outcome]] = []
         coming = iter(chosen)
+        runs = self._run_together(problem, coming, count)
         while len(runs) < count or not any(_rank(run)[1] for _, run in runs):
             try:
                 start = next(coming, None)
@@ -215,6 +217,32 @@ class Solver:
             message = f"in start {len(runs)} of {count}; the best: {best.status}"
             best = replace(best, status=Status.INTERRUPTED, message=message)
         return _finish(problem, self, start, best, tuple(run for _, run in runs))
+
+    def together(self, problem: Problem) -> bool:
+        """Whether runs from several starts can go as one batch."""
+        return False
+
+    def _run_together(
+        self, problem: Problem, coming: Iterator[Start], count: int
+    ) -> list[tuple[Start, Outcome]]:
+        """All ``count`` runs as one batch, if that can be; judged as far as the best needs it."""
+        if count < 2 or not self.together(problem):
+            return []
+        chosen = list(islice(coming, count))
+        outcomes = iterate_together(
+            problem,
+            [start.params for start in chosen],
+            self.rule,
+            Progress(f"{self.name}, {count} starts:", self.progress),
+        )
+        runs = list(zip(chosen, outcomes, strict=True))
+        judged: set[int] = set()
+        while True:  # the best must hold what it promises
+            best = max(range(len(runs)), key=lambda i: _rank(runs[i][1]))
+            if best in judged:
+                return runs
+            judged.add(best)
+            runs[best] = (runs[best][0], _judge(problem, self, *runs[best]))
 
     def _run(self, problem: Problem, start: Start, label: str) -> Outcome:
         outcome = iterate(

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 import pyroem
+import pyroem.batch
 from pyroem import EM, MAP
 from pyroem._pyro import isolated
 from pyroem.estep.engine import MixtureEngine, TraceEngine
@@ -211,3 +212,52 @@ def test_a_kernel_that_does_not_exist_is_refused() -> None:
         EM(engine="fast")
     fit = EM(max_iter=2).fit(student, X[:50, 0])
     assert "no kernel: no exponential family is known for site 'x'" in fit.explain()
+
+
+# ---------------------------------------------------------------------------------------
+# Restarts as one batch
+
+
+@pytest.mark.parametrize("init", ["kmeans", "random"])
+def test_restarts_in_a_batch_end_where_single_runs_end(init: str) -> None:
+    x = simulated(400)
+    together = EM().fit(mixture, x, init=init, restarts=6)
+    alone = [EM().fit(mixture, x, init=init, seed=seed) for seed in range(6)]
+    assert len(together.restarts) == 6
+    assert together.log_joint == pytest.approx(max(r.log_joint for r in together.restarts))
+    for restart, fit in zip(together.restarts, alone, strict=True):
+        assert restart.log_joint == pytest.approx(fit.log_joint, rel=1e-7)
+    best = max(alone, key=lambda fit: fit.log_joint)
+    assert together.n_iter == len(together.history) - 1
+    order = [fit.params["loc"][:, 0].argsort() for fit in (together, best)]
+    torch.testing.assert_close(
+        together.params["loc"][order[0]], best.params["loc"][order[1]], rtol=1e-3, atol=1e-3
+    )
+
+
+def test_a_run_that_collapses_leaves_the_batch() -> None:
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn((60, 2), generator=generator, dtype=torch.float64)
+    x[:4] = 4.0  # four equal rows: a component of its own has no variance
+    fit = EM(max_iter=300).fit(mixture, x, init="random", restarts=16)
+    ends = {r.status for r in fit.restarts}
+    assert pyroem.Status.DEGENERATE in ends
+    if ends - {pyroem.Status.DEGENERATE}:
+        assert fit.status is not pyroem.Status.DEGENERATE
+
+
+def test_an_interrupt_keeps_all_runs_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, inner = 0, pyroem.batch.Batch.e_step
+
+    def impatient(self: Any, params: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return inner(self, params)
+
+    monkeypatch.setattr(pyroem.batch.Batch, "e_step", impatient)
+    fit = EM().fit(mixture, simulated(300), init="kmeans", restarts=5)
+    assert fit.status is pyroem.Status.INTERRUPTED and fit.n_iter == 2
+    assert len(fit.restarts) == 5
+    assert fit.log_joint == pytest.approx(max(r.log_joint for r in fit.restarts))

@@ -27,6 +27,7 @@ LAYERS: list[set[str]] = [
     {"problem"},
     {"diagnose", "clustering", "batch"},
     {"guesses", "loop"},
+    {"together"},
     {"starts"},
     {"explain"},
     {"fit"},

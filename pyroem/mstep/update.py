@@ -38,6 +38,11 @@ class Expected:
     statistics: Statistics
     weights: Mapping[str, Tensor]
 
+    def select(self, index: Tensor) -> Expected:
+        """Those of some copies, where the first dim counts copies."""
+        statistics = {name: s.select(index) for name, s in self.statistics.items()}
+        return Expected(self.log_likelihood.index_select(0, index), statistics, self.weights)
+
 
 class Run:
     """The program's distributions at some parameters, traced only if something asks."""
