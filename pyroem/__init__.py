@@ -1,6 +1,7 @@
 """pyroem: closed-form EM and gradient MAP for any Pyro program with discrete assignments."""
 
 from pyroem.api import e_step, expected_log_joint, log_joint
+from pyroem.blocks import Blocks, blocks
 from pyroem.compare import Comparison, Row, compare
 from pyroem.em import EM
 from pyroem.errors import DataError, ModelError, PyroemError, SettingError
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 __all__ = [
     "EM",
     "MAP",
+    "Blocks",
     "Comparison",
     "Coordinate",
     "DataError",
@@ -28,6 +30,7 @@ __all__ = [
     "Row",
     "SettingError",
     "Status",
+    "blocks",
     "compare",
     "e_step",
     "expected_log_joint",

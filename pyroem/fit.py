@@ -211,7 +211,7 @@ class Fit:
         often as needed; rows come in the first dim, then the other plates. Without ``n``, one draw
         of everything, in Pyro's own layout.
         """
-        structure = self.problem.structure
+        structure = self.problem.structure if n is None else self.problem.sample.structure
         parts = {known_part(n): whole_of(n) for n in structure.imputed}
         names = [*structure.assignments, *structure.observations]
         names = [parts.get(n, n) for n in names]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from pyroem._pyro import as_data, isolated
-from pyroem.errors import DataError, PyroemError, SettingError
+from pyroem.blocks import blocks, is_source
+from pyroem.errors import DataError, ModelError, PyroemError, SettingError
 from pyroem.estep.agreement import check_kernel
 from pyroem.estep.engine import Engine, MixtureEngine, TraceEngine
 from pyroem.estep.kernel import Rows
@@ -21,6 +22,7 @@ from pyroem.mstep.scales import variance_floors
 from pyroem.mstep.update import THOROUGH, Expected, m_step
 from pyroem.reading import read
 from pyroem.sampling import leading_size, sample_rows, take
+from pyroem.streaming import Streamed, sampled
 from pyroem.structure import Params, Structure
 from pyroem.symmetry import StateGroup, state_groups
 from pyroem.whole import whole_data
@@ -135,6 +137,11 @@ def pose(
     """
     fixed = tuple(fixed)
     with torch.inference_mode(False):
+        if args and is_source(args[0]):
+            if engine == "trace":
+                raise SettingError("engine='trace': data in blocks needs the kernel.")
+            rest = as_data(args[1:], dtype), as_data(dict(kwargs), dtype)
+            return _pose_blocks(model, args[0], rest, dtype, fixed, floor, weights)
         data = as_data(args, dtype), as_data(dict(kwargs), dtype)
         if engine != "trace" and leading_size(data) >= LARGE:
             large = _pose_large(model, *data, dtype, fixed, floor, weights, SAMPLE)
@@ -217,6 +224,47 @@ def _pose_large(
             engine = MixtureEngine(mixture, [Rows(mixture, data.nodes, row_weights)])
     except PyroemError:
         return None  # what is wrong is found, and told, on all the data
+    return replace(small, structure=whole, row_weights=row_weights, engine=engine, smaller=small)
+
+
+def _pose_blocks(
+    model: Callable[..., Any],
+    source: Any,
+    rest: tuple[tuple[Any, ...], dict[str, Any]],
+    dtype: torch.dtype,
+    fixed: tuple[str, ...],
+    floor: float,
+    weights: Any,
+) -> Problem:
+    """The problem of data in blocks, read on a sample of the rows."""
+    given = blocks(source)
+    row_weights = None if weights is None else torch.as_tensor(weights).to(dtype)
+    size, states = SAMPLE, 0
+    while True:
+        rows, data, own = sampled(given, rest, size, dtype, row_weights)
+        structure = read(model, *data, dtype=dtype)
+        states = sum(structure.assignments.values())
+        if PER_STATE * states <= size or size >= rows:
+            break
+        size = min(PER_STATE * states, rows)
+    some = leading_size(data[0])
+    if structure.unit_shape != (some,):
+        raise ModelError(
+            f"Data in blocks: expected a program with one plate of independent rows, of the size of"
+            f" the data ({some} rows in the sample that it was read on), got plates"
+            f" {', '.join(structure.unit) or 'none'} of sizes {structure.unit_shape}."
+        )
+    plan = make_plan(structure, fixed)
+    mixture = mixture_of(structure, plan)
+    if isinstance(mixture, str):
+        raise ModelError(f"Data in blocks needs a program with a kernel; here {mixture}.")
+    whole = replace(structure, unit_shape=(rows,))
+    if row_weights is not None:
+        row_weights = check_weights(row_weights, whole)
+    nodes = plan.reading.traces[0].trace.nodes
+    small = _problem(structure, plan, own, floor, mixture, nodes)
+    chunks = Streamed(structure, mixture, given, rest, rows, row_weights)
+    engine = MixtureEngine(mixture, chunks)
     return replace(small, structure=whole, row_weights=row_weights, engine=engine, smaller=small)
 
 

@@ -71,19 +71,31 @@ class Whole:
 
 
 def whole_data(
-    structure: Structure, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int, index: Tensor
+    structure: Structure,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    rows: int,
+    index: Tensor,
+    check: bool = True,
 ) -> Whole | None:
-    """The program on all rows; None where it has other sites, plates or parameters than on some."""
+    """The program on all rows; None where it has other sites, plates or parameters than on some.
+
+    Data that was checked before need not be checked again, apart from masked data.
+    """
     program = replace(structure.program, args=args, kwargs=kwargs, fill={})
     nodes = program.run(_first_states(structure)).nodes  # one state: nothing of size rows x states
     fill = {}
-    for name in structure.factor_sites:
+    for name in (*structure.factor_sites, *structure.parameters):
         if name not in nodes:
             return None
+        if name in structure.parameters:
+            continue
         sizes = {f.name: f.size for f in plate_frames(nodes[name]) if f.vectorized}
         if any(sizes.get(plate) != rows for plate in structure.unit if plate in sizes):
             return None
     for name in structure.observations:
+        if not check and base_mask(nodes[name]) is None:
+            continue
         filled = check_observation(nodes[name])
         if filled is not None:
             fill[name] = filled
