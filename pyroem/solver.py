@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -59,8 +59,6 @@ class Solver:
     dtype: torch.dtype = torch.float64
     progress: bool = False
 
-    name: ClassVar[str] = "solver"
-
     def __init_subclass__(cls) -> None:
         cls.__doc__ = (cls.__doc__ or "").rstrip() + "\n" + SETTINGS
 
@@ -86,6 +84,11 @@ class Solver:
             raise SettingError(f"{own}: fixed must be names of parameters, got {self.fixed!r}.")
         fixed = (self.fixed,) if isinstance(self.fixed, str) else tuple(self.fixed)
         object.__setattr__(self, "fixed", fixed)
+
+    @property
+    def name(self) -> str:
+        """What reports call the solver."""
+        raise NotImplementedError
 
     @property
     def monotone(self) -> bool:

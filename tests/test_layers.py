@@ -27,7 +27,7 @@ LAYERS: list[set[str]] = [
     {"problem"},
     {"diagnose", "clustering"},
     {"guesses", "loop"},
-    {"starts"},
+    {"starts", "accelerate"},
     {"explain"},
     {"fit"},
     {"solver"},
