@@ -43,7 +43,9 @@ def blocks(
     rows: int = ROWS,
     columns: Sequence[str] | None = None,
 ) -> Blocks:
-    """Data that ``fit(model, blocks(source))`` reads block by block, again in every pass.
+    """Make a source of data that a fit reads block by block, again in every pass.
+
+    It is given to ``fit`` in place of the data: ``fit(model, blocks(source))``.
 
     Parameters
     ----------

@@ -46,7 +46,7 @@ def describe(
         f"Engine: {problem.engine.description}.",
         "",
         "How EM updates each parameter:"
-        if solver == "EM"
+        if solver.split()[0] == "EM"
         else f"{solver} follows the gradient of all parameters; an M-step would update each:",
     ]
     for name in structure.parameters:

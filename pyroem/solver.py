@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -66,8 +66,6 @@ class Solver:
     engine: str = "auto"
     progress: bool = False
 
-    name: ClassVar[str] = "solver"
-
     def __init_subclass__(cls) -> None:
         cls.__doc__ = (cls.__doc__ or "").rstrip() + "\n" + SETTINGS
 
@@ -97,6 +95,11 @@ class Solver:
             raise SettingError(f"{own}: fixed must be names of parameters, got {self.fixed!r}.")
         fixed = (self.fixed,) if isinstance(self.fixed, str) else tuple(self.fixed)
         object.__setattr__(self, "fixed", fixed)
+
+    @property
+    def name(self) -> str:
+        """What reports call the solver."""
+        raise NotImplementedError
 
     @property
     def monotone(self) -> bool:

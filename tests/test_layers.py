@@ -29,7 +29,7 @@ LAYERS: list[set[str]] = [
     {"diagnose", "clustering", "batch"},
     {"guesses", "loop"},
     {"together"},
-    {"starts"},
+    {"starts", "accelerate"},
     {"explain"},
     {"fit"},
     {"solver"},
