@@ -236,14 +236,14 @@ def test_points_that_cannot_be_evaluated(
     problem = BY_NAME["poisson_mixture"]
     solver = EM(accelerate=scheme)
     own: list[Params] = []
-    maximise, expectation = problems_module.m_step, problems_module.expectation
+    maximise, expectation = problems_module.m_step, problems_module.Problem.e_step
 
     def m_step(*args: Any) -> Params:
         own.append(maximise(*args))
         return own[-1]
 
-    def e_step(structure: Any, plan: Any, params: Params, weights: Any) -> Any:
-        expected, log_prior = expectation(structure, plan, params, weights)
+    def e_step(self: Any, params: Params) -> Any:
+        expected, log_prior = expectation(self, params)
         if own and not any(params is p for p in own):
             if error is not None:
                 raise error
@@ -252,7 +252,7 @@ def test_points_that_cannot_be_evaluated(
 
     plain = walk(EM(), problem, 12)
     monkeypatch.setattr(problems_module, "m_step", m_step)
-    monkeypatch.setattr(problems_module, "expectation", e_step)
+    monkeypatch.setattr(problems_module.Problem, "e_step", e_step)
     states = walk(solver, problem, 12)
     assert states[-1].passes > plain[-1].passes  # jumps were tried
     for a, b in zip(plain, states, strict=True):
@@ -282,13 +282,13 @@ def test_a_jump_beside_the_ridge_is_repaired(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("name", ["gaussian_mixture", "poisson_regressions"])
 def test_passes_are_e_steps(scheme: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     problem, solver, calls = BY_NAME[name], EM(accelerate=scheme), [0]
-    expectation = problems_module.expectation
+    expectation = problems_module.Problem.e_step
 
     def counted(*args: Any) -> Any:
         calls[0] += 1
         return expectation(*args)
 
-    monkeypatch.setattr(problems_module, "expectation", counted)
+    monkeypatch.setattr(problems_module.Problem, "e_step", counted)
     states = walk(solver, problem, 25)
     assert calls[0] == states[-1].passes
     assert all(b.passes > a.passes for a, b in itertools.pairwise(states))
