@@ -10,6 +10,7 @@ from pyroem.families import Coordinate, Family, exponential_family, register_fam
 from pyroem.fit import Fit
 from pyroem.gradient import MAP
 from pyroem.loop import Record, Restart, Status
+from pyroem.stepwise import StepwiseEM
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,7 @@ __all__ = [
     "Row",
     "SettingError",
     "Status",
+    "StepwiseEM",
     "blocks",
     "compare",
     "e_step",

@@ -59,20 +59,32 @@ class Streamed:
         self.checked = True
 
     def _rows(self, data: Any, size: int, number: int, weights: Tensor | None) -> Rows:
-        structure, plan, (args, kwargs) = self.structure, self.mixture.plan, data
-        none = torch.arange(0)
-        with isolated(structure.program.dtype, 0):
-            whole = whole_data(structure, args, kwargs, size, none, check=not self.checked)
-            agrees = whole is not None and (
-                self.checked or whole.agrees_at(plan, plan.reading.points[0])
-            )
-        if whole is None or not agrees:
-            raise ModelError(
-                f"Block {number}: the program makes something else of it than of the other rows."
-                " Its parameters, priors and the distributions' arguments must not be computed"
-                " from the data, and its plate of rows must have the size of the block."
-            )
-        return Rows(self.mixture, whole.nodes, weights, cache=0)
+        return rows_of(
+            self.structure, self.mixture, data, size, weights, f"Block {number}", not self.checked
+        )
+
+
+def rows_of(
+    structure: Structure,
+    mixture: Mixture,
+    data: tuple[tuple[Any, ...], dict[str, Any]],
+    size: int,
+    weights: Tensor | None,
+    what: str,
+    check: bool,
+) -> Rows:
+    """Some rows for the kernel, by running the program on them."""
+    plan, (args, kwargs) = mixture.plan, data
+    with isolated(structure.program.dtype, 0):
+        whole = whole_data(structure, args, kwargs, size, torch.arange(0), check)
+        agrees = whole is not None and (not check or whole.agrees_at(plan, plan.reading.points[0]))
+    if whole is None or not agrees:
+        raise ModelError(
+            f"{what}: the program makes something else of it than of the other rows."
+            " Its parameters, priors and the distributions' arguments must not be computed"
+            " from the data, and its plate of rows must have the size of the block."
+        )
+    return Rows(mixture, whole.nodes, weights, cache=0)
 
 
 def block_data(

@@ -33,7 +33,7 @@ LAYERS: list[set[str]] = [
     {"explain"},
     {"fit"},
     {"solver"},
-    {"em", "gradient"},
+    {"em", "gradient", "stepwise"},
     {"api", "compare"},
     {"plot"},
     {"__init__"},

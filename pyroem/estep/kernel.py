@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -47,6 +48,7 @@ class Rows:
         self.weights = None if weights is None else weights.reshape(-1)
         self.total = float(self.num_rows if weights is None else weights.sum())
         features = sum(sum(layout.heights) for layout in mixture.layouts)
+        self.span = (0, self.num_rows)
         self.size = max(64, BLOCK // (features + 2 * mixture.num_states))
         self.cached: list[list[list[Tensor]]] | None = None
         if features * self.num_rows <= cache:
@@ -57,8 +59,19 @@ class Rows:
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """The rows of each block."""
-        for start in range(0, self.num_rows, self.size):
-            yield start, min(start + self.size, self.num_rows)
+        first, last = self.span
+        for start in range(first, last, self.size):
+            yield start, min(start + self.size, last)
+
+    def parts(self, size: int) -> Iterator[Rows]:
+        """The same rows, ``size`` of them at a time."""
+        for start in range(0, self.num_rows, size):
+            part = copy.copy(self)
+            part.span = (start, min(start + size, self.num_rows))
+            part.__dict__.pop("measure", None)
+            weights = None if self.weights is None else self.weights[slice(*part.span)]
+            part.total = float(part.span[1] - start if weights is None else weights.sum())
+            yield part
 
     def _made(self, layouts: Iterable[Layout], start: int, stop: int) -> list[Tensor]:
         pieces: list[Tensor] = []

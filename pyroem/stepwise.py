@@ -1,0 +1,150 @@
+"""Stepwise EM: the parameters move after every mini-batch, for data whose single pass is long."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyroem.errors import ModelError, SettingError
+from pyroem.estep.engine import MixtureEngine
+from pyroem.estep.kernel import Rows, expect
+from pyroem.loop import State
+from pyroem.mstep.update import QUICK, Expected
+from pyroem.problem import Problem
+from pyroem.sampling import take
+from pyroem.solver import Solver
+from pyroem.statistics import SiteStatistics, add
+from pyroem.streaming import Streamed, rows_of
+from pyroem.structure import Params
+
+
+@dataclass(frozen=True)
+class _Running:
+    """The running statistics, scaled to all rows, and the number of mini-batches seen."""
+
+    statistics: dict[str, SiteStatistics]
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepwiseEM(Solver):
+    """EM that updates the parameters after every mini-batch (online EM).
+
+    With ``S_t`` the expected statistics of mini-batch ``t`` at the current parameters, scaled to
+    all rows, the running statistics move by
+
+        s <- (1 - g_t) s + g_t S_t,    g_t = (1 + t / delay)^(-power),    t = 0, 1, ...
+
+    and the M-step is made from them. One iteration is one pass over the data; a mini-batch takes
+    rows from everywhere in it (each so-many-th row), or, of data in blocks, follows their order,
+    which should then be random.
+
+    Parameters
+    ----------
+    batch
+        The number of rows of a mini-batch.
+    power
+        Of the step sizes: above 0.5, at most 1. Larger forgets less.
+    delay
+        The mini-batches in which the steps stay large.
+    max_iter
+        The number of passes.
+
+    The objective in ``history`` is that of the mini-batches as they were met, each at the
+    parameters before it was used (at the start: that of a sample); ``Fit.log_joint`` is exact, and
+    takes one more pass. A fit that has used up its passes ends as MAX_ITER; ``EM`` goes on from
+    it: ``EM().fit(model, data, init=fit)``.
+
+    Source: Cappe and Moulines (2009), J. R. Statist. Soc. B 71, 593-613; Liang and Klein (2009).
+    """
+
+    batch: int = 2000
+    power: float = 0.7
+    delay: float = 2.0
+    max_iter: int = 2
+
+    monotone = False
+    patience = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.batch, bool) or not isinstance(self.batch, int) or self.batch < 1:
+            raise SettingError(f"StepwiseEM: batch must be a positive integer, got {self.batch!r}.")
+        if not 0.5 < self.power <= 1:
+            raise SettingError(f"StepwiseEM: power must lie in (0.5, 1], got {self.power!r}.")
+        if not self.delay > 0:
+            raise SettingError(f"StepwiseEM: delay must be positive, got {self.delay!r}.")
+
+    @property
+    def name(self) -> str:
+        """Its name in tables."""
+        return "stepwise EM"
+
+    def check(self, problem: Problem) -> None:
+        """Mini-batches need rows, and statistics that add over them."""
+        if not problem.structure.assignments:
+            raise ModelError("The program has no assignment: stepwise EM has nothing to sum out.")
+        if not isinstance(problem.engine, MixtureEngine):
+            raise ModelError(
+                f"Stepwise EM needs a program with a kernel; here {problem.engine.description}."
+            )
+
+    def begin(self, problem: Problem, params: Params) -> State:
+        """The objective of a sample, as if it were of all rows."""
+        log_likelihood, log_prior = problem.sample.log_joint(params)
+        value = log_likelihood * (problem.rows / problem.sample.rows) + log_prior
+        return State(params, float(value), 0, None)
+
+    def step(self, problem: Problem, state: State) -> State:
+        """One pass over the mini-batches."""
+        engine = problem.engine
+        assert isinstance(engine, MixtureEngine)
+        running: Any = state.memory
+        params, total = state.params, torch.zeros((), dtype=problem.structure.program.dtype)
+        for rows in minibatches(problem, self.batch, state.passes == 0):
+            if not rows.total > 0:
+                continue
+            with torch.no_grad():
+                found = expect(engine.mixture, [rows], params)
+            total = total + found.log_likelihood
+            share = problem.rows / rows.total
+            count = 0 if running is None else running.count
+            gain = (1 + count / self.delay) ** -self.power
+            new = {n: s.scaled(gain * share) for n, s in found.statistics.items()}
+            if running is not None:
+                old = {n: s.scaled(1 - gain) for n, s in running.statistics.items()}
+                new = add(old, new)
+            running = _Running(new, count + 1)
+            params = problem.m_step(params, Expected(total, new, {}), effort=QUICK)
+        value = float(total + engine.log_prior(params))
+        return State(params, value, state.passes + 1, running)
+
+
+def minibatches(problem: Problem, size: int, check: bool) -> Iterator[Rows]:
+    """The rows in mini-batches of about ``size``, in random order where that is possible.
+
+    ``check`` asks whether the program makes of a mini-batch what it makes of all rows.
+    """
+    engine = problem.engine
+    assert isinstance(engine, MixtureEngine)
+    if isinstance(engine.chunks, Streamed):
+        for rows in engine.chunks:
+            yield from rows.parts(size)
+        return
+    structure = problem.structure
+    count = structure.unit_shape[0]
+    strides = max(1, round(count / size))
+    data = structure.program.args, structure.program.kwargs
+    generator = torch.Generator().manual_seed(0)
+    for first in torch.randperm(strides, generator=generator).tolist():
+        chosen = slice(first, None, strides)
+        weights: Tensor | None = problem.row_weights
+        weights = None if weights is None else weights[chosen]
+        length = len(range(first, count, strides))
+        few = take(data, chosen, count)
+        what = f"Mini-batch {first}"
+        yield rows_of(problem.sample.structure, engine.mixture, few, length, weights, what, check)
