@@ -34,9 +34,10 @@ def test_the_objective_of_the_fit_is_exact() -> None:
 
 
 def test_a_batch_of_all_rows_is_em() -> None:
-    init = EM(max_iter=1).fit(mixture, X, init="kmeans")
-    em = EM(max_iter=1).fit(mixture, X, init=init)
-    fit = StepwiseEM(batch=10**6, max_iter=1).fit(mixture, X, init=init)
+    x = simulated(3000)
+    init = EM(max_iter=1).fit(mixture, x, init="kmeans")
+    em = EM(max_iter=1).fit(mixture, x, init=init)
+    fit = StepwiseEM(batch=10**6, max_iter=1).fit(mixture, x, init=init)
     for name in em.params:
         torch.testing.assert_close(fit.params[name], em.params[name], rtol=1e-9, atol=1e-9)
 

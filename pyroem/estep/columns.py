@@ -19,7 +19,14 @@ class Columns:
     statistics of all rows are kept instead: they are as large as the data.
     """
 
-    def __init__(self, layout: Layout, base: Any, value: Tensor, mask: Tensor | None) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        base: Any,
+        value: Tensor,
+        mask: Tensor | None,
+        device: torch.device | None = None,
+    ) -> None:
         site, rank = layout.site, layout.rank
         self.layout, self.base, self.family = layout, base, site.family
         self.dtype = site.sufficient[0].dtype
@@ -46,6 +53,16 @@ class Columns:
         if measure is None or (not lazy and measure is not flat):
             h = self._compare(value) if measure is None else measure(base, value.to(self.dtype))
             self.measured = self._per_row(self._rows_last(pad(h, rank, 0), 0), 0, self.num_rows)
+
+        if device is not None:
+            self._move(device)
+
+    def _move(self, device: torch.device) -> None:
+        for name in ("source", "centre", "mask", "measured"):
+            if getattr(self, name) is not None:
+                setattr(self, name, getattr(self, name).to(device))
+        if self.kept is not None:
+            self.kept = [t.to(device) for t in self.kept]
 
     @property
     def has_measure(self) -> bool:

@@ -21,6 +21,7 @@ from pyroem.statistics import SiteStatistics
 from pyroem.structure import Params, base_mask
 
 BLOCK = 700_000  # numbers in a block of Phi and L: they stay in the cache
+BLOCK_ON_DEVICE = 100_000_000  # on an accelerator large products are fast, small ones are not
 CACHE = 4_000_000  # numbers in all of Phi that are kept rather than made anew in each pass
 IMPOSSIBLE = -1e200  # a sum that holds the logarithm of zero
 
@@ -34,7 +35,9 @@ class Rows:
         nodes: Mapping[str, Any],
         weights: Tensor | None = None,
         cache: int = CACHE,
+        device: torch.device | None = None,
     ) -> None:
+        self.device = device or torch.device("cpu")
         self.mixture, self.dtype = mixture, mixture.plan.structure.program.dtype
         self.columns: dict[str, Columns] = {}
         for layout in mixture.layouts:
@@ -43,13 +46,14 @@ class Rows:
             mask = base_mask(node)
             if mask is not None:
                 mask = pad(mask.to(layout.site.sufficient[0].dtype), layout.rank, 0)
-            self.columns[layout.site.name] = Columns(layout, base, node["value"], mask)
+            self.columns[layout.site.name] = Columns(layout, base, node["value"], mask, device)
         self.num_rows = max(c.num_rows for c in self.columns.values())
-        self.weights = None if weights is None else weights.reshape(-1)
+        self.weights = None if weights is None else weights.reshape(-1).to(self.device)
         self.total = float(self.num_rows if weights is None else weights.sum())
         features = sum(sum(layout.heights) for layout in mixture.layouts)
         self.span = (0, self.num_rows)
-        self.size = max(64, BLOCK // (features + 2 * mixture.num_states))
+        numbers = BLOCK if self.device.type == "cpu" else BLOCK_ON_DEVICE
+        self.size = max(64, numbers // (features + 2 * mixture.num_states))
         self.cached: list[list[list[Tensor]]] | None = None
         if features * self.num_rows <= cache:
             self.cached = [
@@ -89,7 +93,7 @@ class Rows:
 
     def measure_of(self, start: int, stop: int) -> Tensor:
         """The base measure of a block's rows."""
-        total = torch.zeros((), dtype=self.dtype)
+        total = torch.zeros((), dtype=self.dtype, device=self.device)
         for column in self.columns.values():
             if column.has_measure:
                 total = total + column.measure(start, stop)
@@ -101,8 +105,8 @@ class Rows:
         total = 0.0
         if any(column.has_measure for column in self.columns.values()):
             for start, stop in self.blocks():
-                h = self.measure_of(start, stop)
-                total += float(h.sum() if self.weights is None else h @ self.weights[start:stop])
+                weights = None if self.weights is None else self.weights[start:stop]
+                total += float(_sum(self.measure_of(start, stop), weights))
         return total
 
 
@@ -116,6 +120,16 @@ class Coefficients:
 
     base: tuple[Tensor, ...]
     natural: tuple[tuple[list[Tensor], ...], ...]
+
+    def to(self, device: torch.device) -> Coefficients:
+        """The same on a device; nothing waits for the copies."""
+        if device.type == "cpu":
+            return self
+        natural = tuple(
+            tuple([eta.to(device, non_blocking=True) for eta in etas] for etas in parts)
+            for parts in self.natural
+        )
+        return Coefficients(tuple(b.to(device, non_blocking=True) for b in self.base), natural)
 
 
 def coefficients(mixture: Mixture, params: Params, stacked: bool) -> Coefficients:
@@ -179,12 +193,15 @@ def expect(mixture: Mixture, chunks: Iterable[Rows], params: Params) -> Expected
     """The E-step: the log-likelihood and the expected statistics of every site."""
     found: dict[bool, Coefficients] = {}
     totals = [_Totals() for _ in mixture.groups]
-    value = torch.zeros((), dtype=mixture.plan.structure.program.dtype)
+    likelihood: Tensor | float = 0.0
+    measure = 0.0
     for rows in chunks:
         stacked = rows.cached is not None
         if stacked not in found:
-            found[stacked] = coefficients(mixture, params, stacked)
-        value = value + _add(mixture, rows, found[stacked], totals) + rows.measure
+            found[stacked] = coefficients(mixture, params, stacked).to(rows.device)
+        likelihood = likelihood + _add(mixture, rows, found[stacked], totals)
+        measure += rows.measure
+    value = _home(torch.as_tensor(likelihood), totals) + measure
     statistics: dict[str, SiteStatistics] = {}
     for group, total in zip(mixture.groups, totals, strict=True):
         statistics.update(total.statistics(group))
@@ -212,7 +229,7 @@ def _add(
                 joint if mixture.copies is None else joint.view(mixture.copies, -1, stop - start)
             )
             by_row = normalise(copies, weights)
-            likelihood = likelihood + (by_row.sum(-1) if weights is None else by_row @ weights)
+            likelihood = likelihood + _sum(by_row, weights)
             totals[g].add(group, joint, phi)
     return likelihood
 
@@ -227,8 +244,31 @@ def expect_given(mixture: Mixture, rows: Rows, posterior: Tensor) -> Expected:
     return Expected(nothing, totals.statistics(group), {})
 
 
+def _sum(by_row: Tensor, weights: Tensor | None) -> Tensor:
+    """The (weighted) sum over the rows, in double precision."""
+    return (by_row if weights is None else by_row * weights).sum(-1, dtype=torch.float64)
+
+
+def _home(likelihood: Tensor, totals: list[_Totals]) -> Tensor:
+    """Bring all sums from the device in one copy: the only time that an E-step waits for it."""
+    if likelihood.device.type == "cpu":
+        return likelihood
+    tensors = [likelihood]
+    for total in totals:
+        assert total.counts is not None
+        tensors += [total.counts, *(s for sums in total.sums for s in sums)]
+    flat = torch.cat([t.reshape(-1) for t in tensors]).cpu()
+    parts = iter(flat.split([t.numel() for t in tensors]))
+    likelihood = next(parts).reshape(likelihood.shape)
+    for total in totals:
+        assert total.counts is not None
+        total.counts = next(parts).reshape(total.counts.shape)
+        total.sums = [[next(parts).reshape(s.shape) for s in sums] for sums in total.sums]
+    return likelihood
+
+
 class _Totals:
-    """Sums over the blocks, for one group."""
+    """Sums over the blocks, for one group; in double precision, whatever that of the data."""
 
     def __init__(self) -> None:
         self.counts: Tensor | None = None
@@ -236,22 +276,27 @@ class _Totals:
 
     def add(self, group: Group, posterior: Tensor, phi: list[list[Tensor]]) -> None:
         """Add ``Phi R'`` of a block."""
-        if self.counts is None:
-            self.counts = posterior.sum(1)
-            self.sums = [
-                [piece @ group.marginal(posterior, axes).T for piece in pieces]
-                for (axes, _), pieces in zip(group.observed, phi, strict=True)
-            ]
-            return
-        self.counts += posterior.sum(1)
-        for (axes, _), pieces, sums in zip(group.observed, phi, self.sums, strict=True):
+        counts = posterior.sum(1, dtype=torch.float64)
+        first = self.counts is None
+        self.counts = counts if self.counts is None else self.counts + counts
+        double = posterior.dtype == torch.float64
+        for i, ((axes, _), pieces) in enumerate(zip(group.observed, phi, strict=True)):
             columns = group.marginal(posterior, axes).T
-            for piece, total in zip(pieces, sums, strict=True):
-                total.addmm_(piece, columns)
+            if first:
+                self.sums.append([(piece @ columns).double() for piece in pieces])
+                continue
+            for piece, total in zip(pieces, self.sums[i], strict=True):
+                if double:
+                    total.addmm_(piece, columns)
+                else:
+                    total.add_(piece @ columns)
 
     def statistics(self, group: Group) -> dict[str, SiteStatistics]:
         """The expected statistics of every site of the group."""
         assert self.counts is not None
+        dtype = group.zero.dtype
+        self.counts = self.counts.to(dtype)
+        self.sums = [[total.to(dtype) for total in sums] for sums in self.sums]
         counts = self.counts.reshape(group.sizes)
         result = {a.site.name: a.expected(counts) for a in group.assigned}
         for (axes, layouts), sums in zip(group.observed, self.sums, strict=True):
@@ -278,7 +323,7 @@ def posteriors(
     """For each block the posterior of each group's joint states (states by rows), the rows'
     log-likelihoods and their weights.
     """
-    found = coefficients(mixture, params, rows.cached is not None)
+    found = coefficients(mixture, params, rows.cached is not None).to(rows.device)
     for start, stop in rows.blocks():
         by_row = rows.measure_of(start, stop)
         joints = []
@@ -298,7 +343,7 @@ def marginals(mixture: Mixture, chunks: Iterable[Rows], params: Params) -> dict[
         for joints, _, _ in posteriors(mixture, rows, params):
             for group, joint in zip(mixture.groups, joints, strict=True):
                 for axis, z in enumerate(group.names):
-                    parts.setdefault(z, []).append(group.marginal(joint, (axis,)).T)
+                    parts.setdefault(z, []).append(group.marginal(joint, (axis,)).T.cpu())
     return {z: torch.cat(found) for z, found in parts.items()}
 
 
@@ -310,14 +355,14 @@ def best_states(mixture: Mixture, chunks: Iterable[Rows], params: Params) -> dic
             for group, joint in zip(mixture.groups, joints, strict=True):
                 best = torch.unravel_index(joint.argmax(0), group.sizes) if group.sizes else ()
                 for z, states in zip(group.names, best, strict=True):
-                    parts.setdefault(z, []).append(states)
+                    parts.setdefault(z, []).append(states.cpu())
     return {z: torch.cat(found) for z, found in parts.items()}
 
 
 def row_log_likelihoods(mixture: Mixture, chunks: Iterable[Rows], params: Params) -> Tensor:
     """The log-likelihood of each row."""
     return torch.cat(
-        [by_row for rows in chunks for _, by_row, _ in posteriors(mixture, rows, params)]
+        [by_row.cpu() for rows in chunks for _, by_row, _ in posteriors(mixture, rows, params)]
     )
 
 
@@ -328,5 +373,5 @@ def entropy(mixture: Mixture, chunks: Iterable[Rows], params: Params) -> Tensor:
         for joints, _, weights in posteriors(mixture, rows, params):
             for joint in joints:
                 own = torch.xlogy(joint, joint).sum(0)
-                total = total - (own.sum() if weights is None else own @ weights)
+                total = total - _sum(own, weights).cpu()
     return total * mixture.scale
