@@ -188,7 +188,7 @@ def compare(
     common = None
     with deferred():
         for name, solver in chosen.items():
-            key = (solver.dtype, solver.fixed, solver.floor, solver.engine)
+            key = (solver.dtype, solver.fixed, solver.floor, solver.engine, str(solver.device))
             if key not in problems:
                 problems[key] = solver.pose(model, args, kwargs, weights)
             problem = problems[key]

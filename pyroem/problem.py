@@ -129,6 +129,7 @@ def pose(
     floor: float = 0.0,
     weights: Any = None,
     engine: str = "auto",
+    device: torch.device | None = None,
 ) -> Problem:
     """Read a program with its data, plan its M-step and choose its engine.
 
@@ -141,10 +142,10 @@ def pose(
             if engine == "trace":
                 raise SettingError("engine='trace': data in blocks needs the kernel.")
             rest = as_data(args[1:], dtype), as_data(dict(kwargs), dtype)
-            return _pose_blocks(model, args[0], rest, dtype, fixed, floor, weights)
+            return _pose_blocks(model, args[0], rest, dtype, fixed, floor, weights, device)
         data = as_data(args, dtype), as_data(dict(kwargs), dtype)
         if engine != "trace" and leading_size(data) >= LARGE:
-            large = _pose_large(model, *data, dtype, fixed, floor, weights, SAMPLE)
+            large = _pose_large(model, *data, dtype, fixed, floor, weights, SAMPLE, device)
             if large is not None:
                 return large
         structure = read(model, *data, dtype=dtype)
@@ -153,11 +154,14 @@ def pose(
         mixture = mixture_of(structure, plan)
         if engine == "kernel" and isinstance(mixture, str):
             raise SettingError(f"engine='kernel': the program has no kernel: {mixture}.")
+        if device is not None and (engine == "trace" or isinstance(mixture, str)):
+            why = mixture if isinstance(mixture, str) else "engine='trace' was asked for"
+            raise SettingError(f"device='{device}' needs a program with a kernel; here {why}.")
         if engine == "trace" or isinstance(mixture, str):
             why = "" if engine == "trace" else str(mixture)
             return _problem(structure, plan, row_weights, floor, why)
         nodes = plan.reading.traces[0].trace.nodes
-        return _problem(structure, plan, row_weights, floor, mixture, nodes)
+        return _problem(structure, plan, row_weights, floor, mixture, nodes, device)
 
 
 def _problem(
@@ -167,6 +171,7 @@ def _problem(
     floor: float,
     mixture: Mixture | str,
     nodes: Any = None,
+    device: torch.device | None = None,
 ) -> Problem:
     floors = variance_floors(structure, plan.blocks, floor)
     groups = tuple(state_groups(structure, plan))
@@ -174,8 +179,8 @@ def _problem(
         engine: Engine = TraceEngine(structure, plan, row_weights, mixture)
     else:
         with isolated(structure.program.dtype, 0), torch.no_grad():
-            rows = Rows(mixture, nodes, row_weights)
-            check_kernel(rows)
+            check_kernel(Rows(mixture, nodes))
+            rows = Rows(mixture, nodes, row_weights, device=device)
             engine = MixtureEngine(mixture, [rows])
     return Problem(structure, plan, row_weights, floors, floor, groups, engine)
 
@@ -189,6 +194,7 @@ def _pose_large(
     floor: float,
     weights: Any,
     size: int,
+    device: torch.device | None,
 ) -> Problem | None:
     """The problem, read on a sample of ``size`` rows; None where the whole has to be read."""
     rows = leading_size((args, kwargs))
@@ -204,7 +210,7 @@ def _pose_large(
         states = sum(structure.assignments.values())
         if PER_STATE * states > size and size < rows // 2:
             more = min(PER_STATE * states, rows // 2)
-            return _pose_large(model, args, kwargs, dtype, fixed, floor, weights, more)
+            return _pose_large(model, args, kwargs, dtype, fixed, floor, weights, more, device)
         with isolated(dtype, 0), torch.no_grad():
             data = whole_data(structure, args, kwargs, rows, index)
             if data is None:
@@ -221,7 +227,7 @@ def _pose_large(
             small = _problem(
                 structure, plan, own, floor, mixture, plan.reading.traces[0].trace.nodes
             )
-            engine = MixtureEngine(mixture, [Rows(mixture, data.nodes, row_weights)])
+            engine = MixtureEngine(mixture, [Rows(mixture, data.nodes, row_weights, device=device)])
     except PyroemError:
         return None  # what is wrong is found, and told, on all the data
     return replace(small, structure=whole, row_weights=row_weights, engine=engine, smaller=small)
@@ -235,6 +241,7 @@ def _pose_blocks(
     fixed: tuple[str, ...],
     floor: float,
     weights: Any,
+    device: torch.device | None,
 ) -> Problem:
     """The problem of data in blocks, read on a sample of the rows."""
     given = blocks(source)
@@ -263,7 +270,7 @@ def _pose_blocks(
         row_weights = check_weights(row_weights, whole)
     nodes = plan.reading.traces[0].trace.nodes
     small = _problem(structure, plan, own, floor, mixture, nodes)
-    chunks = Streamed(structure, mixture, given, rest, rows, row_weights)
+    chunks = Streamed(structure, mixture, given, rest, rows, row_weights, device)
     engine = MixtureEngine(mixture, chunks)
     return replace(small, structure=whole, row_weights=row_weights, engine=engine, smaller=small)
 

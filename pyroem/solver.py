@@ -48,6 +48,9 @@ SETTINGS = """
         ``"kernel"``: matrix products over the statistics of the rows, for independent rows with
         finite assignments and exponential families; ``"trace"``: one enumerated Pyro trace for
         each pass, for every program; ``"auto"``: the kernel where there is one.
+    device
+        ``"cuda"``: the rows lie on an accelerator and the E-steps are computed there (by the
+        kernel). Programs are read, and M-steps made, on the CPU.
     progress
         Show a line of progress on stderr.
     """
@@ -64,6 +67,7 @@ class Solver:
     floor: float = 1e-10
     dtype: torch.dtype = torch.float64
     engine: str = "auto"
+    device: str | torch.device | None = None
     progress: bool = False
 
     def __init_subclass__(cls) -> None:
@@ -102,6 +106,20 @@ class Solver:
         raise NotImplementedError
 
     @property
+    def _device(self) -> torch.device | None:
+        """The device, if it is not the CPU."""
+        if self.device is None:
+            return None
+        try:
+            torch.zeros((), dtype=self.dtype, device=self.device)
+        except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+            raise SettingError(
+                f"{type(self).__name__}: device {str(self.device)!r} cannot be used: {error}"
+            ) from error
+        device = torch.device(self.device)
+        return None if device.type == "cpu" else device
+
+    @property
     def monotone(self) -> bool:
         """Whether a step that lowers the objective is an error."""
         raise NotImplementedError
@@ -133,6 +151,7 @@ class Solver:
             floor=self.floor,
             weights=weights,
             engine=self.engine,
+            device=self._device,
         )
 
     def check(self, problem: Problem) -> None:

@@ -34,7 +34,9 @@ class Streamed:
         rest: tuple[tuple[Any, ...], dict[str, Any]],
         rows: int,
         weights: Tensor | None,
+        device: torch.device | None = None,
     ) -> None:
+        self.device = device
         self.structure, self.mixture, self.blocks = structure, mixture, blocks
         self.rest, self.rows, self.weights = rest, rows, weights
         self.checked = False
@@ -59,9 +61,8 @@ class Streamed:
         self.checked = True
 
     def _rows(self, data: Any, size: int, number: int, weights: Tensor | None) -> Rows:
-        return rows_of(
-            self.structure, self.mixture, data, size, weights, f"Block {number}", not self.checked
-        )
+        what, check = f"Block {number}", not self.checked
+        return rows_of(self.structure, self.mixture, data, size, weights, what, check, self.device)
 
 
 def rows_of(
@@ -72,6 +73,7 @@ def rows_of(
     weights: Tensor | None,
     what: str,
     check: bool,
+    device: torch.device | None = None,
 ) -> Rows:
     """Some rows for the kernel, by running the program on them."""
     plan, (args, kwargs) = mixture.plan, data
@@ -84,7 +86,7 @@ def rows_of(
             " Its parameters, priors and the distributions' arguments must not be computed"
             " from the data, and its plate of rows must have the size of the block."
         )
-    return Rows(mixture, whole.nodes, weights, cache=0)
+    return Rows(mixture, whole.nodes, weights, cache=0, device=device)
 
 
 def block_data(

@@ -303,6 +303,7 @@ def as_data(x: Any, dtype: torch.dtype) -> Any:
             raise DataError(f"Data must be real numbers, got a tensor of {leaf.dtype}.")
         if leaf.is_inference():
             leaf = leaf.clone()
+        leaf = leaf.cpu()  # programs are read on the CPU; only rows go to a device
         return leaf.to(dtype) if leaf.is_floating_point() else leaf
 
     return tree_map(convert, x)

@@ -73,10 +73,15 @@ class MixtureEngine:
     def description(self) -> str:
         """What it does and why it was chosen."""
         states = " + ".join(str(group.num_states) for group in self.mixture.groups)
-        return (
-            f"mixture kernel (independent rows, {states} joint states; matrix products in blocks"
-            " of rows)"
-        )
+        return f"mixture kernel (independent rows, {states} joint states; {self._where})"
+
+    @property
+    def _where(self) -> str:
+        if not isinstance(self.chunks, list):
+            return "data read in blocks, matrix products in blocks of rows"
+        device = self.chunks[0].device
+        place = "" if device.type == "cpu" else f" on {device}"
+        return f"matrix products in blocks of rows{place}"
 
     def expect(self, params: Params) -> tuple[Expected, Tensor]:
         """Expected statistics and log prior at ``params``."""

@@ -204,7 +204,7 @@ def expect(mixture: Mixture, chunks: Iterable[Rows], params: Params) -> Expected
     value = _home(torch.as_tensor(likelihood), totals) + measure
     statistics: dict[str, SiteStatistics] = {}
     for group, total in zip(mixture.groups, totals, strict=True):
-        statistics.update(total.statistics(group))
+        statistics.update(total.statistics(group, mixture.plan.structure.program.dtype))
     run = Run(mixture.plan, params)
     for site, own, measure in mixture.outside:
         statistics[site.name] = own
@@ -241,7 +241,7 @@ def expect_given(mixture: Mixture, rows: Rows, posterior: Tensor) -> Expected:
         phi = [rows.phi(0, part, start, stop) for part in range(len(group.observed))]
         totals.add(group, posterior[:, start:stop], phi)
     nothing = torch.zeros((), dtype=posterior.dtype)
-    return Expected(nothing, totals.statistics(group), {})
+    return Expected(nothing, totals.statistics(group, posterior.dtype), {})
 
 
 def _sum(by_row: Tensor, weights: Tensor | None) -> Tensor:
@@ -291,10 +291,9 @@ class _Totals:
                 else:
                     total.add_(piece @ columns)
 
-    def statistics(self, group: Group) -> dict[str, SiteStatistics]:
+    def statistics(self, group: Group, dtype: torch.dtype) -> dict[str, SiteStatistics]:
         """The expected statistics of every site of the group."""
         assert self.counts is not None
-        dtype = group.zero.dtype
         self.counts = self.counts.to(dtype)
         self.sums = [[total.to(dtype) for total in sums] for sums in self.sums]
         counts = self.counts.reshape(group.sizes)
