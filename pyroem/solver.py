@@ -22,6 +22,7 @@ from pyroem.problem import ENGINES, Problem, pose
 from pyroem.starts import Start, starts
 from pyroem.structure import Params
 from pyroem.symmetry import coinciding
+from pyroem.threads import threads_for
 from pyroem.together import iterate_together
 
 SADDLE = 1e-5  # nats a row that moving states apart gains at a saddle
@@ -251,12 +252,10 @@ class Solver:
         if count < 2 or not self.together(problem):
             return []
         chosen = list(islice(coming, count))
-        outcomes = iterate_together(
-            problem,
-            [start.params for start in chosen],
-            self.rule,
-            Progress(f"{self.name}, {count} starts:", self.progress),
-        )
+        progress = Progress(f"{self.name}, {count} starts:", self.progress)
+        points = [start.params for start in chosen]
+        with threads_for(problem.engine.work * count):
+            outcomes = iterate_together(problem, points, self.rule, progress)
         runs = list(zip(chosen, outcomes, strict=True))
         judged: set[int] = set()
         while True:  # the best must hold what it promises
@@ -267,15 +266,16 @@ class Solver:
             runs[best] = (runs[best][0], _judge(problem, self, *runs[best]))
 
     def _run(self, problem: Problem, start: Start, label: str) -> Outcome:
-        outcome = iterate(
-            problem,
-            self,
-            start.params,
-            self.rule,
-            progress=Progress(label, self.progress),
-            interrupted=start.interrupted,
-        )
-        return _judge(problem, self, start, outcome)
+        with threads_for(problem.engine.work):
+            outcome = iterate(
+                problem,
+                self,
+                start.params,
+                self.rule,
+                progress=Progress(label, self.progress),
+                interrupted=start.interrupted,
+            )
+            return _judge(problem, self, start, outcome)
 
 
 def _rank(run: Outcome) -> tuple[bool, bool, float]:

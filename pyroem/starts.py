@@ -20,6 +20,7 @@ from pyroem.mstep.plan import Rung
 from pyroem.problem import Problem
 from pyroem.structure import Params, check_names
 from pyroem.symmetry import coinciding
+from pyroem.threads import threads_for
 
 METHODS = ("auto", "kmeans", "random", "prior", "model")
 LAPS = ((4, 0.5), (10, 0.5), (100, 1.0))  # EM iterations of a race, and the share that goes on
@@ -217,6 +218,18 @@ def _race(
     k-means and random guesses race apart: random ones climb fast, and often into a collapse. The
     guesses take over the program's values of the parameters ``kept``.
     """
+    with threads_for(problem.engine.work * 2 * _extent(problem)[0]):
+        return _raced(problem, program, count, seed, report, kept)
+
+
+def _raced(
+    problem: Problem,
+    program: Params,
+    count: int,
+    seed: int,
+    report: Callable[[str], None],
+    kept: set[str],
+) -> list[Start]:
     (tries, laps), clock = _extent(problem), time.perf_counter()
     only = frozenset(problem.free) - kept if kept else None
     pooled = from_evidence(problem, placed(problem, program), {}, None, only)

@@ -43,14 +43,19 @@ class Whole:
             some = reading.traces[0].trace.nodes[name]
             if not _same_rows(structure, self.nodes[name], some, self.index):
                 return False
-        return all(self.agrees_at(plan, point) for point in reading.points)
+        pairs = zip(reading.points, reading.traces, strict=True)
+        return all(self.agrees_at(plan, point, t.trace.nodes) for point, t in pairs)
 
-    def agrees_at(self, plan: Plan, point: Params) -> bool:
-        """Whether arguments and priors are the same on all rows at ``point``."""
-        structure, some = self.structure, Run(plan, point)
+    def agrees_at(self, plan: Plan, point: Params, some: Mapping[str, Any] | None = None) -> bool:
+        """Whether arguments and priors are the same on all rows at ``point``.
+
+        ``some`` are the program's sites there on the rows that were read, if they are known.
+        """
+        structure = self.structure
+        some = Run(plan, point).nodes if some is None else some
         nodes = self.program.run(point, nesting=structure.nesting).nodes
         for name, site in plan.reading.sites.items():
-            base, few = unwrap(nodes[name]["fn"])[0], unwrap(some.nodes[name]["fn"])[0]
+            base, few = unwrap(nodes[name]["fn"])[0], unwrap(some[name]["fn"])[0]
             if type(base) is not type(few):
                 return False
             own = site.family.arguments(base)
@@ -64,7 +69,7 @@ class Whole:
                     return False
         for name in structure.parameters:
             if structure.parameters[name].has_prior:
-                densities = (n[name]["fn"].log_prob(point[name]) for n in (nodes, some.nodes))
+                densities = (n[name]["fn"].log_prob(point[name]) for n in (nodes, some))
                 if not _close(*densities):
                     return False
         return True

@@ -15,7 +15,7 @@ PACKAGE = Path(pyroem.__file__).parent
 # From bottom to top; a layer is a set of modules or packages that may use those below it only
 # (a package's own modules may use one another).
 LAYERS: list[set[str]] = [
-    {"errors", "interrupt", "models"},
+    {"errors", "interrupt", "models", "threads"},
     {"semiring"},
     {"_pyro"},
     {"structure", "families", "datasets", "sampling", "blocks"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from pyro.distributions.distribution import Distribution
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
-from pyro.util import get_rng_state, set_rng_seed, set_rng_state
+from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
@@ -38,11 +39,20 @@ def isolated(dtype: torch.dtype, seed: int | None = None) -> Iterator[None]:
             torch.inference_mode(False),
         ):
             if seed is not None:
-                set_rng_seed(seed)
+                _seed(seed)
             yield
     finally:
         torch.set_default_dtype(old_dtype)
         set_rng_state(rng)
+
+
+def _seed(seed: int) -> None:
+    """What ``pyro.set_rng_seed`` does; torch's own function asks every kind of device, slowly."""
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+    random.seed(seed)
+    np.random.seed(seed)
 
 
 def stored_constraints() -> dict[str, Any]:

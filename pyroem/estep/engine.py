@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
@@ -23,6 +24,11 @@ class Engine(Protocol):
     @property
     def description(self) -> str:
         """What it does and why it was chosen, for ``explain()``."""
+        ...
+
+    @property
+    def work(self) -> float:
+        """About how many multiplications a pass over the data takes."""
         ...
 
     def expect(self, params: Params) -> tuple[Expected, Tensor]:
@@ -49,6 +55,12 @@ class TraceEngine:
         why = f"; no kernel: {self.reason}" if self.reason else ""
         return f"trace (one enumerated Pyro trace for each pass over the data{why})"
 
+    @property
+    def work(self) -> float:
+        """About how many multiplications a pass over the data takes."""
+        factors = self.plan.reading.traces[0].factors.values()
+        return 10.0 * max(f.tensor.numel() for f in factors)
+
     def expect(self, params: Params) -> tuple[Expected, Tensor]:
         """Expected statistics and log prior at ``params``."""
         return expectation(self.structure, self.plan, params, self.row_weights)
@@ -74,6 +86,14 @@ class MixtureEngine:
         """What it does and why it was chosen."""
         states = " + ".join(str(group.num_states) for group in self.mixture.groups)
         return f"mixture kernel (independent rows, {states} joint states; {self._where})"
+
+    @property
+    def work(self) -> float:
+        """About how many multiplications a pass over the data takes."""
+        if not isinstance(self.chunks, list):
+            return math.inf
+        rows = self.chunks[0]
+        return float(rows.num_rows * rows.features * self.mixture.num_states)
 
     @property
     def _where(self) -> str:

@@ -50,7 +50,7 @@ class Rows:
         self.num_rows = max(c.num_rows for c in self.columns.values())
         self.weights = None if weights is None else weights.reshape(-1).to(self.device)
         self.total = float(self.num_rows if weights is None else weights.sum())
-        features = sum(sum(layout.heights) for layout in mixture.layouts)
+        self.features = features = sum(sum(layout.heights) for layout in mixture.layouts)
         self.span = (0, self.num_rows)
         numbers = BLOCK if self.device.type == "cpu" else BLOCK_ON_DEVICE
         self.size = max(64, numbers // (features + 2 * mixture.num_states))

@@ -161,12 +161,12 @@ def closed_update(
     assert form is not None
     run = Run(plan, params)
     totals = pooled(block, run, expected)
-    batch = old.shape[: old.dim() - form.event_dim]
     if plan.structure.parameters[block.name].has_prior:
         prior = _prior_coefficients(form, run.prior(block.name), old)
         totals = tuple(t + p.reshape(t.shape) for t, p in zip(totals, prior, strict=True))
-    mode = form.mode(*totals).reshape(old.shape)
-    value = torch.where(_finite_blocks(mode, form.event_dim), mode, old)
+    value = form.mode(*totals).reshape(old.shape)
+    if not bool(value.isfinite().all()):
+        value = torch.where(_finite_blocks(value, form.event_dim), value, old)
     coordinate = block.uses[0].coordinate
     if floor is not None and block.name in floor and coordinate.clip is not None:
         value = coordinate.clip(value, floor[block.name])
@@ -174,7 +174,7 @@ def closed_update(
         value = _inside(value, block.lower, block.upper)
         if plan.structure.parameters[block.name].has_prior:
             value = _below(value, run.prior(block.name))
-    return value.reshape(batch + old.shape[len(batch) :])
+    return value
 
 
 def _finite_blocks(x: Tensor, event_dim: int) -> Tensor:
