@@ -20,8 +20,9 @@ from pyroem.estep.trace import posterior
 from pyroem.fit import Fit
 from pyroem.gradient import MAP
 from pyroem.interrupt import deferred, pressed
-from pyroem.loop import Progress, Status, rank
+from pyroem.loop import Status, rank
 from pyroem.problem import Problem
+from pyroem.progress import Progress
 from pyroem.solver import Solver
 from pyroem.starts import starts
 from pyroem.structure import Params

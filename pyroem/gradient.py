@@ -12,6 +12,7 @@ import torch
 from pyro.optim import PyroLRScheduler, PyroOptim
 from torch import Tensor
 
+from pyroem.checkpoint import BusyError
 from pyroem.errors import ModelError, SettingError
 from pyroem.loop import State
 from pyroem.mstep.plan import interval_of
@@ -107,9 +108,7 @@ class MAP(Solver):
 
     def begin(self, problem: Problem, params: Params) -> State:
         """Leaves in the unconstrained space, the optimiser, and the objective at the start."""
-        parameters, steps = problem.structure.parameters, problem.plan.steps
-        if not self.standardise:
-            steps = {n: torch.ones_like(s) for n, s in steps.items()}
+        parameters, steps = problem.structure.parameters, self._steps(problem)
         params = _released(problem, params)
         raw = to_search(parameters, {n: params[n] for n in problem.free}, steps)
         held = {n: v for n, v in params.items() if n not in raw}
@@ -122,19 +121,42 @@ class MAP(Solver):
     def step(self, problem: Problem, state: State) -> State:
         """One iteration of the optimiser."""
         memory: _Memory = state.memory
+        memory.moving = True
         if memory.optimiser is not None:
-            memory.optimiser(memory)
+            memory.optimiser.step(memory)
             memory.keep_above_floors()
         memory.evaluate()
+        memory.moving = False
         return memory.state()
 
-    def _make(self, leaves: list[Tensor]) -> Callable[[_Memory], None]:
+    def freeze(self, memory: _Memory) -> dict[str, Any]:
+        """The leaves, the objective there, and the optimiser's own state."""
+        if memory.moving:
+            raise BusyError
+        optimiser = memory.optimiser and memory.optimiser.state(memory)
+        return {**{name: getattr(memory, name) for name in _KEPT}, "optimiser": optimiser}
+
+    def thaw(self, problem: Problem, frozen: dict[str, Any]) -> _Memory:
+        """Leaves and an optimiser where they stood."""
+        raw = {n: v.requires_grad_() for n, v in frozen["raw"].items()}
+        memory = _Memory(problem, raw, frozen["held"], self._steps(problem))
+        for name in _KEPT:
+            setattr(memory, name, frozen[name])
+        if raw:
+            memory.optimiser = self._make(list(raw.values()))
+            memory.optimiser.load(frozen["optimiser"], memory)
+        return memory
+
+    def _steps(self, problem: Problem) -> Params:
+        steps = problem.plan.steps
+        return steps if self.standardise else {n: torch.ones_like(s) for n, s in steps.items()}
+
+    def _make(self, leaves: list[Tensor]) -> _Torch | _Pyro:
         optimizer, options = self.optimizer, dict(self.options)
         if self._is_lbfgs:
             optimizer, options = torch.optim.LBFGS, {**LBFGS, **options}
         if isinstance(optimizer, PyroOptim):
-            pyro_optimiser = copy.deepcopy(optimizer)
-            return lambda memory: _pyro_step(pyro_optimiser, memory)
+            return _Pyro(copy.deepcopy(optimizer))
         if isinstance(optimizer, str):
             optimizer, options = torch.optim.Adam, {"lr": 0.05, **options}
         if self.lr is not None:
@@ -148,7 +170,7 @@ class MAP(Solver):
                 f"MAP: the optimizer factory must return a torch optimiser, got"
                 f" {type(made).__name__}."
             )
-        return lambda memory: _step(made, memory)
+        return _Torch(made)
 
 
 def _released(problem: Problem, params: Params) -> Params:
@@ -182,15 +204,59 @@ def _released(problem: Problem, params: Params) -> Params:
     return result
 
 
-def _step(optimiser: torch.optim.Optimizer, memory: _Memory) -> None:
-    optimiser.step(memory.closure)
+class _Torch:
+    """An optimiser of torch, for all leaves."""
+
+    def __init__(self, optimiser: torch.optim.Optimizer) -> None:
+        self.optimiser = optimiser
+
+    def step(self, memory: _Memory) -> None:
+        self.optimiser.step(memory.closure)
+
+    def state(self, memory: _Memory) -> Any:
+        return self.optimiser.state_dict()
+
+    def load(self, state: Any, memory: _Memory) -> None:
+        self.optimiser.load_state_dict(state)
 
 
-def _pyro_step(optimiser: PyroOptim, memory: _Memory) -> None:
-    memory.closure()
-    optimiser(list(memory.raw.values()))
-    if isinstance(optimiser, PyroLRScheduler):
-        optimiser.step()  # one epoch is one pass over the data
+class _Pyro:
+    """An optimiser of Pyro, which makes one of torch for each leaf at its first step."""
+
+    def __init__(self, optimiser: PyroOptim) -> None:
+        self.optimiser = optimiser
+
+    def step(self, memory: _Memory) -> None:
+        memory.closure()
+        self.optimiser(list(memory.raw.values()))
+        if isinstance(self.optimiser, PyroLRScheduler):
+            self.optimiser.step()  # one epoch is one pass over the data
+
+    def _parts(self, memory: _Memory) -> list[Any]:
+        """For each leaf its optimiser, and the scheduler of it if there is one."""
+        made = [self.optimiser.optim_objs[leaf] for leaf in memory.raw.values()]
+        return [part for m in made for part in (m, getattr(m, "optimizer", None)) if part]
+
+    def state(self, memory: _Memory) -> Any:
+        if not self.optimiser.optim_objs:
+            return None
+        return [part.state_dict() for part in self._parts(memory)]
+
+    def load(self, state: Any, memory: _Memory) -> None:
+        if state is None:
+            return
+        before = {n: leaf.detach().clone() for n, leaf in memory.raw.items()}
+        for leaf in memory.raw.values():
+            leaf.grad = torch.zeros_like(leaf)
+        self.optimiser(list(memory.raw.values()))  # a step is the only way to have them made
+        with torch.no_grad():
+            for name, leaf in memory.raw.items():
+                leaf.copy_(before[name])
+        for part, own in zip(self._parts(memory), state, strict=True):
+            part.load_state_dict(own)
+
+
+_KEPT = ("raw", "held", "value", "passes", "note", "_floored", "_loss", "_at", "_grads")
 
 
 class _Memory:
@@ -201,7 +267,8 @@ class _Memory:
 
     def __init__(self, problem: Problem, raw: Params, held: Params, steps: Params) -> None:
         self.problem, self.raw, self.held, self.steps = problem, raw, held, steps
-        self.optimiser: Callable[[_Memory], None] | None = None
+        self.optimiser: _Torch | _Pyro | None = None
+        self.moving = False  # whether a step is under way, or was broken off
         self.value, self.passes, self.note = 0.0, 0, ""
         self._floored, self._loss = False, 0.0
         self._at: list[Tensor] = []
@@ -253,7 +320,9 @@ class _Memory:
         self.evaluate()
         finite = math.isfinite(self.value)
         for leaf, grad in zip(self.raw.values(), self._grads, strict=True):
-            leaf.grad = grad.clone() if finite else torch.zeros_like(grad)
+            # L-BFGS takes views of the gradients, which have to be contiguous.
+            grad = grad.clone(memory_format=torch.contiguous_format)
+            leaf.grad = grad if finite else torch.zeros_like(grad)
         if finite:
             self._loss = -self.value / self.problem.rows
             return self._loss

@@ -1,7 +1,7 @@
 """Ctrl-C between two steps of a fit, never in the middle of a program's run.
 
 An exception out of the middle of a run would leave Pyro's own stacks as they stand. So the first
-Ctrl-C is only noted, and acted upon at the next :func:`checkpoint`; a second one acts at once.
+Ctrl-C is only noted, and acted upon at the next :func:`pause_point`; a second one acts at once.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def pressed() -> bool:
     return bool(_pressed) and _pressed[0]
 
 
-def checkpoint() -> None:
+def pause_point() -> None:
     """Raise ``KeyboardInterrupt`` if Ctrl-C was pressed."""
     if pressed():
         raise KeyboardInterrupt

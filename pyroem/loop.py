@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,8 +15,9 @@ from torch import Tensor
 
 from pyroem.diagnose import collapsed
 from pyroem.errors import ModelError
-from pyroem.interrupt import checkpoint
+from pyroem.interrupt import pause_point
 from pyroem.problem import Problem
+from pyroem.progress import Progress
 from pyroem.structure import Params
 
 NOISE = {torch.float64: 1e-10, torch.float32: 2e-5}  # rounding of the objective, relative
@@ -140,6 +140,26 @@ class Outcome:
     message: str = ""
 
 
+@dataclass(frozen=True)
+class Course:
+    """Where a run stands between two iterations: all that it takes to go on from there.
+
+    ``history`` may have grown since; :meth:`trimmed` gives it as it was.
+    """
+
+    iteration: int
+    state: State
+    best: State
+    history: list[Record]
+    calm: int = 0
+    still: int = 0
+    fallen: bool = False
+
+    def trimmed(self) -> Course:
+        """With the history up to its iteration only."""
+        return replace(self, history=self.history[: self.iteration + 1])
+
+
 def iterate(
     problem: Problem,
     solver: Stepper,
@@ -148,25 +168,33 @@ def iterate(
     *,
     progress: Progress,
     interrupted: bool = False,
+    course: Course | None = None,
+    keep: Callable[[Course], None] = lambda course: None,
 ) -> Outcome:
     """Step until the objective changes by at most ``tol`` a row and every parameter by at most
     ``param_tol`` of its size, ``patience`` times in a row; at most ``max_iter`` times.
 
     Never raises for a bad fit: the status says what happened. The best point seen is returned.
+    ``keep`` is told where the run stands after every iteration that is not its last; given back
+    as ``course``, the run goes on from there as if it had never ended.
     """
-    clock = time.perf_counter()
-    state = _attempt(lambda: solver.begin(problem, params), State(params, math.nan, 1))
-    best = state
-    history = [Record(0, state.log_joint, time.perf_counter() - clock, state.passes)]
-    if not _finite(state):
-        message = f"at the start {_culprit(state)}"
-        return Outcome(state, Status.NON_FINITE, tuple(history), message)
-    if interrupted:
-        return Outcome(state, Status.INTERRUPTED, tuple(history))
+    clock = time.perf_counter() - (course.history[-1].seconds if course else 0.0)
+    if course is None:
+        state = _attempt(lambda: solver.begin(problem, params), State(params, math.nan, 1))
+        history = [Record(0, state.log_joint, time.perf_counter() - clock, state.passes)]
+        if not _finite(state):
+            message = f"at the start {_culprit(state)}"
+            return Outcome(state, Status.NON_FINITE, tuple(history), message)
+        if interrupted:
+            return Outcome(state, Status.INTERRUPTED, tuple(history))
+        course = Course(0, state, state, history)
+    state, best, history = course.state, course.best, list(course.history)
+    calm, still, fallen = course.calm, course.still, course.fallen
     noise = NOISE[problem.structure.program.dtype]
-    status, message, calm, still, fallen = Status.MAX_ITER, "", 0, 0, False
+    status, message = Status.MAX_ITER, ""
     try:
-        for iteration in range(1, rule.max_iter + 1):
+        keep(course)
+        for iteration in range(course.iteration + 1, rule.max_iter + 1):
             new = _attempt(partial(solver.step, problem, state), state)
             record = Record(iteration, new.log_joint, time.perf_counter() - clock, new.passes)
             if not _finite(new):
@@ -182,17 +210,23 @@ def iterate(
             old, state = state, new
             if state.log_joint > best.log_joint:
                 best = state
-            checkpoint()
-            progress(
-                f" iteration {iteration}/{rule.max_iter}  log_joint {record.log_joint:.6f}"
-                f"  change/row {change / problem.rows:.2e}  {record.seconds:.1f} s"
-            )
-            settled = abs(change) / problem.rows <= max(rule.tol, _resolution(problem, state))
+            tol = max(rule.tol, _resolution(problem, state))
+            settled = abs(change) / problem.rows <= tol
             level = new.slope <= steepest(problem, state, rule.tol)
             # How far the parameters moved matters only where the objective did not.
             moved = movement(new.params, old.params) if settled or change == 0 else math.inf
             still = still + 1 if moved == 0 and change == 0 else 0
             calm = calm + 1 if settled and level and moved <= rule.param_tol else 0
+            if progress.due():
+                progress.iteration(
+                    iteration,
+                    (tol, rule.param_tol, rule.max_iter),
+                    record.log_joint,
+                    change / problem.rows,
+                    movement(new.params, old.params),
+                    record.seconds,
+                    geometric=solver.monotone,
+                )
             if calm >= rule.patience:
                 status = Status.CONVERGED
                 break
@@ -203,9 +237,10 @@ def iterate(
             if still >= STILL:
                 status = Status.STALLED
                 break
+            keep(Course(iteration, state, best, history, calm, still, fallen))
+            pause_point()
     except KeyboardInterrupt:
         status = Status.INTERRUPTED
-    progress.close()
     last = state if state.log_joint >= best.log_joint - noise * abs(best.log_joint) else best
     return Outcome(last, status, tuple(history), message)
 
@@ -256,25 +291,3 @@ def movement(new: Params, old: Params) -> float:
         return float((a - b).abs().max() / size) if size > 0 else 0.0
 
     return max((relative(new[n], old[n]) for n in new), default=0.0)
-
-
-class Progress:
-    """One line on stderr, rewritten at most ten times a second; silent where not wanted."""
-
-    def __init__(self, label: str, wanted: bool) -> None:
-        self.label, self.wanted, self.last, self.width = label, wanted, 0.0, 0
-
-    def __call__(self, text: str) -> None:
-        """Show ``text``, if the last one is a while ago."""
-        now = time.monotonic()
-        if self.wanted and now - self.last > 0.1:
-            self.last = now
-            line = self.label + text
-            sys.stderr.write("\r" + line.ljust(self.width))
-            sys.stderr.flush()
-            self.width = len(line)
-
-    def close(self) -> None:
-        """End the line, if one was written."""
-        if self.width:
-            sys.stderr.write("\n")

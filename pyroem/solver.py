@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from pyroem._pyro import isolated
+from pyroem.checkpoint import Journal, check_path, identity, read
 from pyroem.diagnose import MARGIN, collapsed, dead, slope
 from pyroem.errors import ModelError, SettingError
 from pyroem.fit import Fit
 from pyroem.guesses import escape
-from pyroem.interrupt import checkpoint, deferred, pressed
-from pyroem.loop import Outcome, Progress, Restart, Rule, State, Status, iterate, rank, steepest
+from pyroem.interrupt import deferred, pause_point, pressed
+from pyroem.loop import Outcome, Restart, Rule, State, Status, iterate, rank, steepest
 from pyroem.mstep.plan import Rung
 from pyroem.problem import ENGINES, Problem, pose
+from pyroem.progress import Progress
 from pyroem.starts import Start, starts
 from pyroem.structure import Params
 from pyroem.symmetry import coinciding
@@ -53,7 +56,10 @@ SETTINGS = """
         ``"cuda"``: the rows lie on an accelerator and the E-steps are computed there (by the
         kernel). Programs are read, and M-steps made, on the CPU.
     progress
-        Show a line of progress on stderr.
+        Show on stderr how far the fit is, and about how long it will still take: the changes of
+        the objective and the parameters fall geometrically, and are extrapolated to ``tol`` and
+        ``param_tol``; where they do not fall (or another solver than EM works) it says how long
+        all iterations up to ``max_iter`` would take.
     """
 
 
@@ -166,6 +172,17 @@ class Solver:
         """One iteration."""
         raise NotImplementedError
 
+    exact: ClassVar[bool] = True  # whether State.log_joint is the objective at State.params
+    memories: ClassVar[tuple[type, ...]] = ()  # own dataclasses in State.memory, for checkpoints
+
+    def freeze(self, memory: Any) -> Any:
+        """``State.memory`` for a checkpoint: tensors, plain values, dataclasses of them."""
+        return memory
+
+    def thaw(self, problem: Problem, frozen: Any) -> Any:
+        """``State.memory`` again, of what :meth:`freeze` made of it."""
+        return frozen
+
     def fit(
         self,
         model: Callable[..., Any],
@@ -174,6 +191,8 @@ class Solver:
         restarts: int = 1,
         seed: int = 0,
         weights: Any = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_every: float = 60.0,
         **kwargs: Any,
     ) -> Fit:
         """Fit a Pyro program to data.
@@ -182,7 +201,8 @@ class Solver:
         ----------
         model, args, kwargs
             The program and what it is called with. (A program whose own argument is called
-            ``init``, ``restarts``, ``seed`` or ``weights`` is wrapped with ``functools.partial``.)
+            ``init``, ``restarts``, ``seed``, ``weights``, ``checkpoint`` or ``checkpoint_every``
+            is wrapped with ``functools.partial``.)
         init
             ``"auto"`` (the program's own values where they tell the states apart, else the best
             of several guesses), ``"kmeans"``, ``"random"``, ``"prior"``, ``"model"`` (the values
@@ -193,6 +213,12 @@ class Solver:
             Of all that is random. The global random state is left alone.
         weights
             One non-negative weight a row: 2 counts a row twice, 0 leaves it out.
+        checkpoint
+            A file that holds all that was done so far. Where it exists the fit goes on from it,
+            and ends where a fit without a break ends. With a larger ``max_iter`` a fit that ran
+            out of iterations gets more.
+        checkpoint_every
+            The seconds between two writes; the file is also written at the end and at a Ctrl-C.
 
         Raises:
         ------
@@ -204,38 +230,54 @@ class Solver:
             raise SettingError(f"restarts must be a positive integer, got {restarts!r}.")
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
             raise SettingError(f"seed must be an integer from 0 to 2**32 - 1, got {seed!r}.")
+        path = check_path(checkpoint, checkpoint_every)
+        stored = None if path is None else read(path)
         with deferred():
             problem = self.pose(model, args, kwargs, weights)
             self.check(problem)
-            checkpoint()
-            show = Progress(f"{self.name}: ", self.progress)
+            pause_point()
+            show = Progress(f"{self.name}:", self.progress)
+            journal = Journal(self, problem, path, checkpoint_every)
             with isolated(self.dtype, seed):
-                return self.solve(
-                    problem, starts(problem.sample, init, restarts, seed, show), restarts
-                )
+                chosen = starts(problem.sample, init, restarts, seed, show)
+                if path is not None:
+                    own = identity(self, problem, init, restarts, seed)
+                    journal.begin(stored, own, chosen)
+                return self.solve(problem, chosen, restarts, journal)
 
-    def solve(self, problem: Problem, chosen: Iterable[Start], count: int = 1) -> Fit:
+    def solve(
+        self,
+        problem: Problem,
+        chosen: Iterable[Start],
+        count: int = 1,
+        journal: Journal | None = None,
+    ) -> Fit:
         """Run from the first ``count`` starts, and from the others while no run is healthy.
 
         The best healthy run becomes the fit.
         """
-        coming = iter(chosen)
-        runs = self._run_together(problem, coming, count)
-        while len(runs) < count or not any(_rank(run)[1] for _, run in runs):
-            try:
-                start = next(coming, None)
-            except KeyboardInterrupt:
-                if not runs:
-                    raise
-                start = None
-            if start is None:
-                break
-            label = self.name if count == 1 else f"{self.name} start {len(runs) + 1}"
-            runs.append((start, self._run(problem, start, label)))
-            if runs[-1][1].status is Status.INTERRUPTED or pressed():
-                break
+        coming, journal = iter(chosen), journal or Journal(self, problem)
+        show = Progress(self.name, self.progress)
+        try:
+            runs = self._run_together(problem, coming, count, journal, show)
+            while len(runs) < count or not any(_rank(run)[1] for _, run in runs):
+                try:
+                    start = next(coming, None)
+                except KeyboardInterrupt:
+                    if not runs:
+                        raise
+                    start = None
+                if start is None:
+                    break
+                show.start(self.name if count == 1 else f"{self.name} start {len(runs) + 1}")
+                runs.append((start, self._run(problem, start, len(runs), journal, show)))
+                if runs[-1][1].status is Status.INTERRUPTED or pressed():
+                    break
+        finally:
+            show.close()
+        journal.save(always=True)
         start, best = max(runs, key=lambda pair: _rank(pair[1]))
-        cut = runs[-1][1].status is Status.INTERRUPTED
+        cut = any(run.status is Status.INTERRUPTED for _, run in runs)
         if (cut or pressed()) and (len(runs) < count or best.status is not Status.INTERRUPTED):
             message = f"in start {len(runs)} of {count}; the best: {best.status}"
             best = replace(best, status=Status.INTERRUPTED, message=message)
@@ -246,36 +288,66 @@ class Solver:
         return False
 
     def _run_together(
-        self, problem: Problem, coming: Iterator[Start], count: int
+        self,
+        problem: Problem,
+        coming: Iterator[Start],
+        count: int,
+        journal: Journal,
+        show: Progress,
     ) -> list[tuple[Start, Outcome]]:
         """All ``count`` runs as one batch, if that can be; judged as far as the best needs it."""
         if count < 2 or not self.together(problem):
             return []
         chosen = list(islice(coming, count))
-        progress = Progress(f"{self.name}, {count} starts:", self.progress)
+        known = journal.outcomes()
+        if known is not None:
+            return list(zip(chosen, known, strict=True))
+        show.start(f"{self.name}, {count} starts:")
         points = [start.params for start in chosen]
+        course, keep = journal.batch_course(), journal.keep_batch if journal.path else None
         with threads_for(problem.engine.work * count):
-            outcomes = iterate_together(problem, points, self.rule, progress)
+            outcomes = iterate_together(problem, points, self.rule, show, course, keep)
         runs = list(zip(chosen, outcomes, strict=True))
         judged: set[int] = set()
         while True:  # the best must hold what it promises
             best = max(range(len(runs)), key=lambda i: _rank(runs[i][1]))
             if best in judged:
-                return runs
+                break
             judged.add(best)
             runs[best] = (runs[best][0], _judge(problem, self, *runs[best]))
+        show.end(f"best: {_ending(runs[best][1])}")
+        journal.batch_ended([outcome for _, outcome in runs])
+        return runs
 
-    def _run(self, problem: Problem, start: Start, label: str) -> Outcome:
+    def _run(
+        self, problem: Problem, start: Start, number: int, journal: Journal, show: Progress
+    ) -> Outcome:
+        known = journal.outcome(number)
+        if known is not None:
+            return known
         with threads_for(problem.engine.work):
             outcome = iterate(
                 problem,
                 self,
                 start.params,
                 self.rule,
-                progress=Progress(label, self.progress),
+                progress=show,
                 interrupted=start.interrupted,
+                course=journal.course(number),
+                keep=journal.keep(number),
             )
-            return _judge(problem, self, start, outcome)
+            judged = _judge(problem, self, start, outcome)
+        show.end(_ending(judged))
+        journal.ended(number, outcome.status, judged)
+        return judged
+
+
+def _ending(run: Outcome) -> str:
+    last = run.history[-1]
+    return (
+        f"{run.status} after {last.iteration} iterations  log_joint {run.state.log_joint:.6f}"
+        f"  {last.seconds:.1f} s"
+    )
 
 
 def _rank(run: Outcome) -> tuple[bool, bool, float]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -15,7 +16,7 @@ from pyroem.batch import Batch, no_batch, stack, unstack
 from pyroem.diagnose import collapsed
 from pyroem.errors import SettingError
 from pyroem.guesses import from_evidence, guessed_together, placed
-from pyroem.interrupt import checkpoint
+from pyroem.interrupt import pause_point
 from pyroem.mstep.plan import Rung
 from pyroem.problem import Problem
 from pyroem.structure import Params, check_names
@@ -38,17 +39,47 @@ class Start:
     interrupted: bool = False
 
 
+class Starts(Iterator[Start]):
+    """Starting points one after the other, found in groups when they are asked for.
+
+    ``found`` are those of the first ``searched`` groups: given to :meth:`resume`, they come again
+    without a search. What an interrupted search gave is not among them.
+    """
+
+    def __init__(self, groups: Iterable[Callable[[], list[Start]]]) -> None:
+        self.groups = list(groups)
+        self.found: list[Start] = []
+        self.searched = 0
+        self._coming: list[Start] = []
+
+    def __next__(self) -> Start:
+        while not self._coming:
+            if self.searched == len(self.groups):
+                raise StopIteration
+            self._coming = self.groups[self.searched]()
+            if any(start.interrupted for start in self._coming):
+                self.groups = self.groups[: self.searched]  # the user wants no more
+            else:
+                self.searched += 1
+                self.found += self._coming
+        return self._coming.pop(0)
+
+    def resume(self, found: list[Start], searched: int) -> None:
+        """Go on after a search that was made before."""
+        self.found, self.searched, self._coming = list(found), searched, list(found)
+
+
 def starts(
     problem: Problem,
     init: Any,
     count: int,
     seed: int,
     report: Callable[[str], None] = lambda text: None,
-) -> Iterator[Start]:
+) -> Starts:
     """``count`` starting points; after them, with ``"auto"``, some in reserve for when those fail.
 
     Where a search is needed it is made when its first start is asked for; ``report`` is told how
-    it goes, and an interrupt ends it with the best guess so far.
+    it goes (an empty text at its end), and an interrupt ends it with the best guess so far.
 
     Raises:
     ------
@@ -60,7 +91,7 @@ def starts(
     if isinstance(given, Mapping):
         if count > 1:
             _refuse("given values", count)
-        return iter([_given(problem, given, seed)])
+        return Starts([lambda: [_given(problem, given, seed)]])
     if init not in METHODS:
         raise SettingError(
             f"init: expected one of {', '.join(METHODS)}, a dict of values or a Fit, got {init!r}."
@@ -73,11 +104,17 @@ def starts(
         if not any(p.random for p in problem.structure.parameters.values()) and count > 1:
             _refuse("the program's own values", count)
         how = "draws from the priors" if init == "prior" else "the program's own values"
-        return (Start(_drawn(problem, seed + i), how) for i in range(count))
+        return Starts(
+            partial(lambda i: [Start(_drawn(problem, seed + i), how)], i) for i in range(count)
+        )
     if init == "auto":
-        return _auto(problem, program, count, seed, report)
-    pooled = from_evidence(problem, placed(problem, program), {}, None)
-    return iter(_guesses(problem, pooled, init, range(seed, seed + count)))
+        return Starts(_auto(problem, program, count, seed, report))
+
+    def guesses() -> list[Start]:
+        pooled = from_evidence(problem, placed(problem, program), {}, None)
+        return _guesses(problem, pooled, init, range(seed, seed + count))
+
+    return Starts([guesses])
 
 
 def _guesses(
@@ -183,7 +220,7 @@ def _around(problem: Problem, params: Params, rest: frozenset[str]) -> Params:
 
 def _auto(
     problem: Problem, program: Params, count: int, seed: int, report: Callable[[str], None]
-) -> Iterator[Start]:
+) -> list[Callable[[], list[Start]]]:
     """The program's own values where they tell the states apart; then the best of many guesses.
 
     Where the program's values tell only some assignments' states apart, the guesses keep those.
@@ -191,18 +228,18 @@ def _auto(
     structure = problem.structure
     explicit = {n: v for n, v in program.items() if not structure.parameters[n].random}
     complete = len(explicit) == len(program)
-    own = 0
+    groups: list[Callable[[], list[Start]]] = []
     telling, apart = _telling(problem, explicit)
     if complete and not coinciding(structure, problem.plan, program):
-        own = 1
-        yield Start(problem.clip(program), "the program's own values, which differ by state")
+        how = "the program's own values, which differ by state"
+        groups.append(lambda: [Start(problem.clip(program), how)])
     elif not complete and apart:
-        own = 1
         rest = frozenset(problem.free) - frozenset(explicit)
         how = "the program's own values, which differ by state; the rest found around them"
-        yield Start(problem.clip(_around(problem, program, rest)), how)
-    kept = telling if not own and not apart else set()
-    yield from _race(problem, program, max(count - own, 1), seed, report, kept)
+        groups.append(lambda: [Start(problem.clip(_around(problem, program, rest)), how)])
+    kept = telling if not groups and not apart else set()
+    wanted = max(count - len(groups), 1)
+    return [*groups, lambda: _race(problem, program, wanted, seed, report, kept)]
 
 
 def _race(
@@ -219,7 +256,10 @@ def _race(
     guesses take over the program's values of the parameters ``kept``.
     """
     with threads_for(problem.engine.work * 2 * _extent(problem)[0]):
-        return _raced(problem, program, count, seed, report, kept)
+        try:
+            return _raced(problem, program, count, seed, report, kept)
+        finally:
+            report("")
 
 
 def _raced(
@@ -240,7 +280,7 @@ def _raced(
         ):
             size = 1 if no_batch(problem) else many
             for i in range(0, many, size):
-                checkpoint()
+                pause_point()
                 report(f"a {method} guess, {i + 1} of {many}")
                 seeds = range(100 * seed + i, 100 * seed + i + size)
                 field += [_Run(problem, g) for g in _guesses(problem, pooled, method, seeds, only)]
@@ -304,7 +344,7 @@ def _advance(problem: Problem, runs: list[_Run], iterations: int) -> None:
             if all(run.settled for run in moving):
                 break
             params = batch.m_step(params, expected)
-            checkpoint()
+            pause_point()
     finally:  # an interrupt keeps what was reached
         low = batch.collapsed(params, 100.0).tolist()
         points = unstack(params)
@@ -331,6 +371,6 @@ class _Run:
                 self.settled = True
                 break
             self.params = problem.m_step(self.params, expected, effort=BRIEF)
-            checkpoint()
+            pause_point()
         if collapsed(problem, self.params, 100.0):
             self.promise = (False, self.promise[1])

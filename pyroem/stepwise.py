@@ -75,6 +75,8 @@ class StepwiseEM(Solver):
 
     monotone = False
     patience = 1
+    exact = False
+    memories = (_Running,)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -4,70 +4,121 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from pyroem.batch import Batch, at, stack
 from pyroem.diagnose import MARGIN
-from pyroem.interrupt import checkpoint
+from pyroem.interrupt import pause_point
 from pyroem.loop import (
     LOOK,
     NOISE,
     Outcome,
-    Progress,
     Record,
     Rule,
     State,
     Status,
     movement,
 )
+from pyroem.mstep.update import Expected
 from pyroem.problem import Problem
+from pyroem.progress import Progress
 from pyroem.structure import Params
 
 DROPPED = "dropped early: a variance ran to its floor"
 
 
-class _Course:
-    """One run in the batch."""
+@dataclass
+class Member:
+    """One run in the batch; without a status it still goes."""
 
-    def __init__(self, number: int, params: Params, log_joint: float, seconds: float) -> None:
-        self.number, self.params, self.value = number, params, log_joint
-        self.history = [Record(0, log_joint, seconds, 1)]
-        self.status: Status | None = None
-        self.message, self.calm = "", 0
+    number: int
+    params: Params
+    value: float
+    history: list[Record]
+    status: Status | None = None
+    message: str = ""
+    calm: int = 0
 
     def end(self, status: Status, message: str = "") -> None:
+        """Leave the batch."""
         self.status, self.message = status, message
 
     def outcome(self) -> Outcome:
+        """How it ended."""
         state = State(self.params, self.value, len(self.history))
         return Outcome(state, self.status or Status.MAX_ITER, tuple(self.history), self.message)
 
 
+@dataclass(frozen=True)
+class Together:
+    """Where a batch stands between two iterations: all that it takes to go on from there.
+
+    ``active`` are the numbers of the runs whose copies are in the batch.
+    """
+
+    iteration: int
+    runs: tuple[Member, ...]
+    active: tuple[int, ...]
+    params: Params
+    expected: Expected
+
+    @property
+    def open(self) -> bool:
+        """Whether some run has not ended."""
+        return any(run.status is None for run in self.runs)
+
+    def trimmed(self) -> Together:
+        """With histories up to its iteration only."""
+        runs = (replace(r, history=r.history[: self.iteration + 1]) for r in self.runs)
+        return replace(self, runs=tuple(runs))
+
+
 def iterate_together(
-    problem: Problem, points: Sequence[Params], rule: Rule, progress: Progress
+    problem: Problem,
+    points: Sequence[Params],
+    rule: Rule,
+    progress: Progress,
+    course: Together | None = None,
+    keep: Callable[[Together], None] | None = None,
 ) -> list[Outcome]:
     """EM from every point, in one batch; a run that has ended leaves it.
 
     A run ends as in :func:`pyroem.loop.iterate`; one whose variance runs to its floor is dropped
-    early. An interrupt ends all that still run.
+    early. An interrupt ends all that still run. ``keep`` and ``course`` are as there.
     """
     clock = time.perf_counter()
-    batch, params = Batch(problem, len(points)), stack(points)
-    expected, log_joint = batch.e_step(params)
-    seconds = time.perf_counter() - clock
-    runs = [
-        _Course(i, point, value, seconds)
-        for i, (point, value) in enumerate(zip(points, log_joint.tolist(), strict=True))
-    ]
-    for run in runs:
-        if not math.isfinite(run.value):
-            run.end(Status.NON_FINITE, f"at the start the objective is {run.value}")
+    if course is None:
+        batch, params = Batch(problem, len(points)), stack(points)
+        expected, log_joint = batch.e_step(params)
+        seconds = time.perf_counter() - clock
+        runs = [
+            Member(i, point, value, [Record(0, value, seconds, 1)])
+            for i, (point, value) in enumerate(zip(points, log_joint.tolist(), strict=True))
+        ]
+        for run in runs:
+            if not math.isfinite(run.value):
+                run.end(Status.NON_FINITE, f"at the start the objective is {run.value}")
+        active = list(runs)  # one for each copy in the batch
+        first = 1
+    else:
+        clock -= max(run.history[-1].seconds for run in course.runs)
+        batch, params, expected = Batch(problem, len(course.active)), course.params, course.expected
+        runs = [replace(run, history=list(run.history)) for run in course.runs]
+        active, first = [runs[i] for i in course.active], course.iteration + 1
     noise = NOISE[problem.structure.program.dtype]
-    active = list(runs)  # one for each copy in the batch
+
+    def tell(iteration: int) -> None:
+        if keep is not None:
+            copies = tuple(replace(run) for run in runs)
+            numbers = tuple(run.number for run in active)
+            keep(Together(iteration, copies, numbers, params, expected))
+
     try:
-        for iteration in range(1, rule.max_iter + 1):
+        tell(first - 1)
+        for iteration in range(first, rule.max_iter + 1):
             new = batch.m_step(params, expected)
             expected, log_joint = batch.e_step(new)
             seconds = time.perf_counter() - clock
@@ -97,13 +148,14 @@ def iterate_together(
                         run.end(Status.DEGENERATE, DROPPED)
                 if run.status is not None:
                     run.params = at(last, i)
-            checkpoint()
             going = [i for i, run in enumerate(active) if run.status is None]
-            best = max(run.value for run in runs)
-            progress(
-                f" iteration {iteration}/{rule.max_iter}  {len(going)} of {len(runs)} runs  best"
-                f" log_joint {best:.6f}  {seconds:.1f} s"
-            )
+            if going and progress.due():
+                note = f"{len(going)} of {len(runs)} runs go on"
+                slowest = max(_change(active[i]) for i in going) / problem.rows
+                moved = max(movement(at(params, i), at(before, i)) for i in going)
+                limits = (rule.tol, rule.param_tol, rule.max_iter)
+                best = max(run.value for run in runs)
+                progress.iteration(iteration, limits, best, slowest, moved, seconds, note=note)
             if not going:
                 break
             if len(going) <= 0.75 * len(active):
@@ -112,6 +164,8 @@ def iterate_together(
                 batch = Batch(problem, len(going))
                 params = {n: v.index_select(0, index) for n, v in params.items()}
                 expected = expected.select(index)
+            tell(iteration)
+            pause_point()
     except KeyboardInterrupt:
         for run in active:
             if run.status is None:
@@ -119,5 +173,8 @@ def iterate_together(
     for i, run in enumerate(active):
         if run.status in (None, Status.INTERRUPTED):
             run.params = at(params, i)
-    progress.close()
     return [run.outcome() for run in runs]
+
+
+def _change(run: Member) -> float:
+    return abs(run.history[-1].log_joint - run.history[-2].log_joint)

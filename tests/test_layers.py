@@ -15,7 +15,7 @@ PACKAGE = Path(pyroem.__file__).parent
 # From bottom to top; a layer is a set of modules or packages that may use those below it only
 # (a package's own modules may use one another).
 LAYERS: list[set[str]] = [
-    {"errors", "interrupt", "models", "threads"},
+    {"errors", "interrupt", "models", "progress", "threads"},
     {"semiring"},
     {"_pyro"},
     {"structure", "families", "datasets", "sampling", "blocks"},
@@ -30,6 +30,7 @@ LAYERS: list[set[str]] = [
     {"guesses", "loop"},
     {"together"},
     {"starts", "accelerate"},
+    {"checkpoint"},
     {"explain"},
     {"fit"},
     {"solver"},
