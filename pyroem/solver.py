@@ -131,6 +131,8 @@ class Solver:
         """Whether a step that lowers the objective is an error."""
         raise NotImplementedError
 
+    exact: ClassVar[bool] = True  # whether State.log_joint is the objective at State.params
+
     @property
     def patience(self) -> int:
         """For how many iterations in a row the stopping rule must hold."""
@@ -172,7 +174,6 @@ class Solver:
         """One iteration."""
         raise NotImplementedError
 
-    exact: ClassVar[bool] = True  # whether State.log_joint is the objective at State.params
     memories: ClassVar[tuple[type, ...]] = ()  # own dataclasses in State.memory, for checkpoints
 
     def freeze(self, memory: Any) -> Any:

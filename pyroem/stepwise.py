@@ -74,8 +74,8 @@ class StepwiseEM(Solver):
     max_iter: int = 2
 
     monotone = False
-    patience = 1
     exact = False
+    patience = 1
     memories = (_Running,)
 
     def __post_init__(self) -> None:
