@@ -36,13 +36,13 @@ MANY = simulated(LARGE + 1000)
 HOLES = X.clone()
 HOLES[::5, 1] = torch.nan
 WEIGHTS = torch.arange(700, dtype=torch.float64) % 4
-INIT = {
+INIT: dict[str, Any] = {
     "weights": [0.3, 0.3, 0.4],
     "loc": [[98.0, 0.0], [100.0, 2.0], [102.0, 0.0]],
     "scale": [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]],
 }
 FAR = {**INIT, "loc": [[-2.0, 0.0], [0.0, 2.0], [2.0, 0.0]]}
-STILL = {"tol": 1e-12, "param_tol": 1e-7}
+STILL: dict[str, Any] = {"tol": 1e-12, "param_tol": 1e-7}
 
 
 def with_priors(x: Tensor, shift: Tensor) -> None:
