@@ -127,16 +127,29 @@ def _of_arrays(arrays: tuple[Any, ...], rows: int) -> Blocks:
             yield tuple(_slice(a, start, min(start + rows, length)) for a in arrays)
 
     def pick(index: Tensor) -> tuple[Any, ...]:
-        where = index.numpy()
-        return tuple(a[index] if isinstance(a, Tensor) else np.array(a[where]) for a in arrays)
+        return tuple(_rows(a, index) for a in arrays)
 
     return Blocks(read, length, pick)
 
 
+def _rows(array: Any, index: Tensor) -> Any:
+    """Single rows of an array."""
+    if isinstance(array, Tensor):
+        return array[index]
+    if not _is_plain(array):
+        return np.array(array[index.numpy()])
+    return np.concatenate([_slice(array, i, i + 1) for i in index.tolist()])
+
+
+def _is_plain(array: Any) -> bool:
+    """Whether an array is a whole mapped file, whose rows lie one after another."""
+    mapped = isinstance(array, np.memmap) and type(array.base).__name__ == "mmap"
+    return mapped and array.flags.c_contiguous and array.filename is not None
+
+
 def _slice(array: Any, start: int, stop: int) -> Any:
     """Some rows of an array; those of a mapped file are read, so that no page of it stays."""
-    plain = isinstance(array, np.memmap) and type(array.base).__name__ == "mmap"
-    if plain and array.flags.c_contiguous and array.filename is not None:
+    if _is_plain(array):
         size = array[0].size
         found = np.fromfile(
             array.filename,

@@ -111,6 +111,11 @@ class Stepper(Protocol):
         """Whether a step that lowers the objective is an error."""
         ...
 
+    @property
+    def exact(self) -> bool:
+        """Whether a state's objective is exact, so that the best state can be told."""
+        ...
+
     def begin(self, problem: Problem, params: Params) -> State:
         """The state at the start."""
         ...
@@ -206,7 +211,8 @@ def iterate(
     except KeyboardInterrupt:
         status = Status.INTERRUPTED
     progress.close()
-    last = state if state.log_joint >= best.log_joint - noise * abs(best.log_joint) else best
+    good = not solver.exact or state.log_joint >= best.log_joint - noise * abs(best.log_joint)
+    last = state if good else best
     return Outcome(last, status, tuple(history), message)
 
 

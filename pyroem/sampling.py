@@ -30,7 +30,13 @@ def sample_rows(rows: int, size: int, weights: Tensor | None = None) -> Tensor:
     """``size`` row numbers drawn without replacement, in order; of rows that weigh something."""
     generator = torch.Generator().manual_seed(0)
     if weights is None:
-        return torch.randperm(rows, generator=generator)[:size].sort().values
+        return _chosen(rows, size, generator)
     weighing = (weights.cpu() > 0).nonzero().reshape(-1)
-    chosen = torch.randperm(len(weighing), generator=generator)[:size]
-    return weighing[chosen].sort().values
+    return weighing[_chosen(len(weighing), size, generator)]
+
+
+def _chosen(rows: int, size: int, generator: torch.Generator) -> Tensor:
+    if rows < 10 * size:
+        return torch.randperm(rows, generator=generator)[:size].sort().values
+    drawn = torch.randint(rows, (2 * size,), generator=generator).unique()  # more than enough
+    return drawn[torch.randperm(len(drawn), generator=generator)[:size]].sort().values

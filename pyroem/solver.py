@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -126,6 +126,8 @@ class Solver:
     def monotone(self) -> bool:
         """Whether a step that lowers the objective is an error."""
         raise NotImplementedError
+
+    exact: ClassVar[bool] = True
 
     @property
     def patience(self) -> int:

@@ -74,6 +74,7 @@ class StepwiseEM(Solver):
     max_iter: int = 2
 
     monotone = False
+    exact = False
     patience = 1
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-SMALL = 4_000_000  # multiplications in a pass over the data
+SMALL = 1_500_000  # multiplications in a pass over the data
 
 
 @contextlib.contextmanager
