@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from typing import Any, ClassVar
 
@@ -12,6 +12,7 @@ import torch
 
 from pyroem._pyro import isolated
 from pyroem.diagnose import MARGIN, collapsed, dead, slope
+from pyroem.distributed import Ranks, ranks_of, together
 from pyroem.errors import ModelError, SettingError
 from pyroem.fit import Fit
 from pyroem.guesses import escape
@@ -19,6 +20,7 @@ from pyroem.interrupt import checkpoint, deferred, pressed
 from pyroem.loop import Outcome, Progress, Restart, Rule, State, Status, iterate, rank, steepest
 from pyroem.mstep.plan import Rung
 from pyroem.problem import ENGINES, Problem, pose
+from pyroem.shards import pose_shared
 from pyroem.starts import Start, starts
 from pyroem.structure import Params
 from pyroem.symmetry import coinciding
@@ -143,8 +145,26 @@ class Solver:
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         weights: Any,
+        ranks: Ranks | None = None,
     ) -> Problem:
-        """The program with its data, read and planned under the solver's settings."""
+        """The program with its data, read and planned under the solver's settings.
+
+        With ``ranks``, the data is that of this process, one of several.
+        """
+        if ranks is not None:
+            if self.engine == "trace":
+                raise SettingError("engine='trace': a fit over several processes needs the kernel.")
+            return pose_shared(
+                model,
+                args,
+                kwargs,
+                ranks,
+                dtype=self.dtype,
+                fixed=tuple(self.fixed),
+                floor=self.floor,
+                weights=weights,
+                device=self._device,
+            )
         return pose(
             model,
             args,
@@ -176,6 +196,7 @@ class Solver:
         restarts: int = 1,
         seed: int = 0,
         weights: Any = None,
+        distributed: Any = False,
         **kwargs: Any,
     ) -> Fit:
         """Fit a Pyro program to data.
@@ -184,7 +205,8 @@ class Solver:
         ----------
         model, args, kwargs
             The program and what it is called with. (A program whose own argument is called
-            ``init``, ``restarts``, ``seed`` or ``weights`` is wrapped with ``functools.partial``.)
+            ``init``, ``restarts``, ``seed``, ``weights`` or ``distributed`` is wrapped with
+            ``functools.partial``.)
         init
             ``"auto"`` (the program's own values where they tell the states apart, else the best
             of several guesses), ``"kmeans"``, ``"random"``, ``"prior"``, ``"model"`` (the values
@@ -195,6 +217,17 @@ class Solver:
             Of all that is random. The global random state is left alone.
         weights
             One non-negative weight a row: 2 counts a row twice, 0 leaves it out.
+        distributed
+            Fit the rows of several processes, each of which makes the same call with rows (and
+            weights) of its own: True for all processes of ``torch.distributed``, or a process
+            group. All end with the same fit: that of all rows. A process may have no rows: data of
+            shape ``(0, ...)``. It needs a program with a kernel, whose parameters and arguments
+            are not computed from the data. What a ``Fit`` says of rows when no data is given
+            concerns those of its own process.
+
+            Where one process fails, or is interrupted, all end. Where one is gone they end with an
+            error, at the latest after the timeout of the process group
+            (``init_process_group(timeout=...)``, 30 minutes unless told otherwise).
 
         Raises:
         ------
@@ -206,15 +239,37 @@ class Solver:
             raise SettingError(f"restarts must be a positive integer, got {restarts!r}.")
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
             raise SettingError(f"seed must be an integer from 0 to 2**32 - 1, got {seed!r}.")
-        with deferred():
-            problem = self.pose(model, args, kwargs, weights)
+        ranks = ranks_of(distributed)
+        if ranks is not None and ranks.rank and self.progress:  # one of them tells how it goes
+            quiet, given = replace(self, progress=False), (init, restarts, seed, weights)
+            names = ("init", "restarts", "seed", "weights")
+            own = dict(zip(names, given, strict=True))
+            return quiet.fit(model, *args, **own, distributed=distributed, **kwargs)
+        with deferred(), together(ranks):
+            if ranks is not None:
+                ranks.check_same({**self._plain, "restarts": restarts, "seed": seed})
+            problem = self.pose(model, args, kwargs, weights, ranks)
             self.check(problem)
             checkpoint()
             show = Progress(f"{self.name}: ", self.progress)
             with isolated(self.dtype, seed):
-                return self.solve(
-                    problem, starts(problem.sample, init, restarts, seed, show), restarts
-                )
+                chosen = starts(problem.sample, init, restarts, seed, show)
+                if ranks is None:
+                    return self.solve(problem, chosen, restarts)
+                fit = self.solve(problem, _agreed(ranks, chosen), restarts)
+                return replace(fit, params=ranks.share(fit.params))
+
+    @property
+    def _plain(self) -> dict[str, Any]:
+        """The settings that can be compared between processes; the device may differ."""
+        plain = (int, float, str, tuple, torch.dtype, type(None))
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        same = {"solver": self.name, **values}
+        return {
+            name: value
+            for name, value in same.items()
+            if isinstance(value, plain) and name not in ("device", "progress")
+        }
 
     def solve(self, problem: Problem, chosen: Iterable[Start], count: int = 1) -> Fit:
         """Run from the first ``count`` starts, and from the others while no run is healthy.
@@ -278,6 +333,13 @@ class Solver:
                 interrupted=start.interrupted,
             )
             return _judge(problem, self, start, outcome)
+
+
+def _agreed(ranks: Ranks, chosen: Iterable[Start]) -> Iterator[Start]:
+    """The starts of the first process, which are those of all but for rounding."""
+    for start in chosen:
+        params = ranks.share(start.params, start.interrupted)
+        yield replace(start, params=params, interrupted=pressed())
 
 
 def _rank(run: Outcome) -> tuple[bool, bool, float]:

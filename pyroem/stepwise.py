@@ -95,6 +95,8 @@ class StepwiseEM(Solver):
         """Mini-batches need rows, and statistics that add over them."""
         if not problem.structure.assignments:
             raise ModelError("The program has no assignment: stepwise EM has nothing to sum out.")
+        if problem.everywhere is not None:
+            raise ModelError("Stepwise EM does not run over several processes; EM does.")
         if not isinstance(problem.engine, MixtureEngine):
             raise ModelError(
                 f"Stepwise EM needs a program with a kernel; here {problem.engine.description}."
