@@ -239,7 +239,8 @@ class _Memory:
                 log_likelihood, log_prior = self.problem.log_joint({**self.held, **values})
                 total = log_likelihood + log_prior
                 loss = -total / self.problem.rows
-                self._grads = list(torch.autograd.grad(loss, leaves)) if leaves else []
+                grads = torch.autograd.grad(loss, leaves) if leaves else ()
+                self._grads = [g.contiguous() for g in grads]  # torch's L-BFGS takes views of them
             self.value, self.note = float(total.detach()), ""
         except (ModelError, torch.linalg.LinAlgError) as error:
             self.value, self.note = math.nan, str(error)
