@@ -21,6 +21,8 @@ from pyroem.structure import Params
 
 def no_batch(problem: Problem) -> str:
     """Why runs of the problem cannot go as one; empty where they can."""
+    if problem.everywhere is not None:
+        return "the rows are spread over processes"
     if not isinstance(problem.engine, MixtureEngine):
         return "the kernel does not serve the program"
     if problem.engine.mixture.outside:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from pyroem._pyro import isolated, unwrap
 from pyroem.errors import ModelError, SettingError
-from pyroem.estep.engine import MixtureEngine
 from pyroem.estep.kernel import Rows, best_states, entropy, marginals, row_log_likelihoods
 from pyroem.estep.mixture import Mixture
 from pyroem.estep.trace import entropy_of_known, factor_weights, posterior
@@ -152,16 +151,17 @@ class Fit:
         problem = self.problem
         with isolated(problem.structure.program.dtype, 0), torch.no_grad():
             chunks = problem.chunks_of(self.params, args, kwargs)
-            if chunks is None or not isinstance(problem.engine, MixtureEngine):
+            if chunks is None or problem.kernel is None:
                 yield None
             else:
-                yield problem.engine.mixture, chunks
+                yield problem.kernel.mixture, chunks
 
     def _in_plates(
         self, values: dict[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> dict[str, Tensor]:
         """Rows folded into the plates that they come from."""
-        shape = (-1,) if args or kwargs else self.problem.structure.unit_shape
+        own = self.problem.structure.unit_shape
+        shape = (-1,) if args or kwargs or len(own) == 1 else own
         return {z: v.reshape((*shape, *v.shape[1:])) for z, v in values.items()}
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
@@ -261,6 +261,11 @@ class Fit:
 
     def icl(self, rows: float | None = None) -> float:
         """``bic + 2 H``, with ``H`` the posterior entropy of all assignments jointly."""
+        if self.problem.everywhere is not None:
+            raise SettingError(
+                "icl: the rows are spread over processes, and this one cannot tell the entropy of"
+                " the others' assignments. Use bic."
+            )
         with self._kernel((), {}) as kernel:
             if kernel is not None:
                 return self.bic(rows) + 2 * float(entropy(*kernel, self.params))

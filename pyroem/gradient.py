@@ -306,7 +306,8 @@ class _Memory:
                 log_likelihood, log_prior = self.problem.log_joint({**self.held, **values})
                 total = log_likelihood + log_prior
                 loss = -total / self.problem.rows
-                self._grads = list(torch.autograd.grad(loss, leaves)) if leaves else []
+                grads = torch.autograd.grad(loss, leaves) if leaves else ()
+                self._grads = [g.contiguous() for g in grads]  # torch's L-BFGS takes views of them
             self.value, self.note = float(total.detach()), ""
         except (ModelError, torch.linalg.LinAlgError) as error:
             self.value, self.note = math.nan, str(error)
@@ -320,9 +321,7 @@ class _Memory:
         self.evaluate()
         finite = math.isfinite(self.value)
         for leaf, grad in zip(self.raw.values(), self._grads, strict=True):
-            # L-BFGS takes views of the gradients, which have to be contiguous.
-            grad = grad.clone(memory_format=torch.contiguous_format)
-            leaf.grad = grad if finite else torch.zeros_like(grad)
+            leaf.grad = grad.clone() if finite else torch.zeros_like(grad)
         if finite:
             self._loss = -self.value / self.problem.rows
             return self._loss

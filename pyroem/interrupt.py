@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 _pressed: list[bool] = []  # one element while interrupts are deferred
+_agreed: list[bool] = []  # one element while they have to be agreed upon with other processes
 
 
 @contextlib.contextmanager
@@ -37,9 +38,30 @@ def deferred() -> Iterator[None]:
         _pressed.clear()
 
 
-def pressed() -> bool:
-    """Whether Ctrl-C was pressed since interrupts are deferred."""
+@contextlib.contextmanager
+def shared() -> Iterator[None]:
+    """Act on a Ctrl-C only once all processes know of it (:func:`agree`)."""
+    _agreed.append(False)
+    try:
+        yield
+    finally:
+        _agreed.clear()
+
+
+def agree() -> None:
+    """All processes know that Ctrl-C was pressed in one of them."""
+    if _agreed:
+        _agreed[0] = True
+
+
+def noted() -> bool:
+    """Whether Ctrl-C was pressed in this process since interrupts are deferred."""
     return bool(_pressed) and _pressed[0]
+
+
+def pressed() -> bool:
+    """Whether to act on a Ctrl-C."""
+    return _agreed[0] if _agreed else noted()
 
 
 def pause_point() -> None:

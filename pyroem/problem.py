@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyroem._pyro import as_data, isolated
 from pyroem.blocks import blocks, is_source
+from pyroem.distributed import DistributedEngine
 from pyroem.errors import DataError, ModelError, PyroemError, SettingError
 from pyroem.estep.agreement import check_kernel
 from pyroem.estep.engine import Engine, MixtureEngine, TraceEngine
@@ -37,7 +38,8 @@ class Problem:
     """Everything that a solver needs: structure, plan, row weights, variance floors, states.
 
     ``smaller`` is the problem on some of the rows, with the same plan, where the data is large:
-    starts are sought there.
+    starts are sought there. Where each of several processes has rows of its own, ``everywhere`` is
+    the weighted number of all, and ``row_weights`` are those of this one.
     """
 
     structure: Structure
@@ -48,6 +50,7 @@ class Problem:
     groups: tuple[StateGroup, ...]
     engine: Engine
     smaller: Problem | None = None
+    everywhere: float | None = None
 
     @property
     def sample(self) -> Problem:
@@ -57,6 +60,8 @@ class Problem:
     @cached_property
     def rows(self) -> float:
         """The number of rows, weighted."""
+        if self.everywhere is not None:
+            return self.everywhere
         if self.row_weights is None:
             return float(self.structure.num_rows)
         return max(float(self.row_weights.sum()), 1e-300)
@@ -65,6 +70,12 @@ class Problem:
     def free(self) -> list[str]:
         """The parameters that are not fixed."""
         return [b.name for b in self.plan.blocks.values() if b.rung is not Rung.FIXED]
+
+    @property
+    def kernel(self) -> MixtureEngine | None:
+        """The kernel on the rows of this process, if the program has one."""
+        engine = self.engine.own if isinstance(self.engine, DistributedEngine) else self.engine
+        return engine if isinstance(engine, MixtureEngine) else None
 
     def e_step(self, params: Params) -> tuple[Expected, Tensor]:
         """Expected statistics and log prior at ``params``."""
@@ -92,10 +103,10 @@ class Problem:
         None where the trace engine has to be asked: it was not the kernel that fitted, the new
         data is small, or the program makes something else of it than rows.
         """
-        if not isinstance(self.engine, MixtureEngine):
+        if self.kernel is None:
             return None
         if not args and not kwargs:
-            return self.engine.chunks
+            return self.kernel.chunks
         dtype, structure = self.structure.program.dtype, self.sample.structure
         data = as_data(args, dtype), as_data(dict(kwargs), dtype)
         rows = leading_size(data)
@@ -107,7 +118,7 @@ class Problem:
                 return None
         except PyroemError:
             return None
-        return [Rows(self.engine.mixture, whole.nodes)]
+        return [Rows(self.kernel.mixture, whole.nodes)]
 
     def clip(self, params: Params, factor: float = 1.0) -> Params:
         """``params`` with every variance above ``factor`` times its floor."""
@@ -159,12 +170,12 @@ def pose(
             raise SettingError(f"device='{device}' needs a program with a kernel; here {why}.")
         if engine == "trace" or isinstance(mixture, str):
             why = "" if engine == "trace" else str(mixture)
-            return _problem(structure, plan, row_weights, floor, why)
+            return problem_of(structure, plan, row_weights, floor, why)
         nodes = plan.reading.traces[0].trace.nodes
-        return _problem(structure, plan, row_weights, floor, mixture, nodes, device)
+        return problem_of(structure, plan, row_weights, floor, mixture, nodes, device)
 
 
-def _problem(
+def problem_of(
     structure: Structure,
     plan: Plan,
     row_weights: Tensor | None,
@@ -173,6 +184,7 @@ def _problem(
     nodes: Any = None,
     device: torch.device | None = None,
 ) -> Problem:
+    """The problem of what was read; the kernel's rows are those of ``nodes``."""
     floors = variance_floors(structure, plan.blocks, floor)
     groups = tuple(state_groups(structure, plan))
     if isinstance(mixture, str):
@@ -224,7 +236,7 @@ def _pose_large(
             if isinstance(mixture, str) or not data.agrees(plan):
                 return None
             own = None if row_weights is None else row_weights[index]
-            small = _problem(
+            small = problem_of(
                 structure, plan, own, floor, mixture, plan.reading.traces[0].trace.nodes
             )
             engine = MixtureEngine(mixture, [Rows(mixture, data.nodes, row_weights, device=device)])
@@ -269,7 +281,7 @@ def _pose_blocks(
     if row_weights is not None:
         row_weights = check_weights(row_weights, whole)
     nodes = plan.reading.traces[0].trace.nodes
-    small = _problem(structure, plan, own, floor, mixture, nodes)
+    small = problem_of(structure, plan, own, floor, mixture, nodes)
     chunks = Streamed(structure, mixture, given, rest, rows, row_weights, device)
     engine = MixtureEngine(mixture, chunks)
     return replace(small, structure=whole, row_weights=row_weights, engine=engine, smaller=small)

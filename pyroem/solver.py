@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from typing import Any, ClassVar
 
@@ -14,6 +14,7 @@ import torch
 from pyroem._pyro import isolated
 from pyroem.checkpoint import Journal, check_path, identity, read
 from pyroem.diagnose import MARGIN, collapsed, dead, slope
+from pyroem.distributed import Ranks, ranks_of, together
 from pyroem.errors import ModelError, SettingError
 from pyroem.fit import Fit
 from pyroem.guesses import escape
@@ -22,6 +23,7 @@ from pyroem.loop import Outcome, Restart, Rule, State, Status, iterate, rank, st
 from pyroem.mstep.plan import Rung
 from pyroem.problem import ENGINES, Problem, pose
 from pyroem.progress import Progress
+from pyroem.shards import pose_shared
 from pyroem.starts import Start, starts
 from pyroem.structure import Params
 from pyroem.symmetry import coinciding
@@ -149,8 +151,26 @@ class Solver:
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         weights: Any,
+        ranks: Ranks | None = None,
     ) -> Problem:
-        """The program with its data, read and planned under the solver's settings."""
+        """The program with its data, read and planned under the solver's settings.
+
+        With ``ranks``, the data is that of this process, one of several.
+        """
+        if ranks is not None:
+            if self.engine == "trace":
+                raise SettingError("engine='trace': a fit over several processes needs the kernel.")
+            return pose_shared(
+                model,
+                args,
+                kwargs,
+                ranks,
+                dtype=self.dtype,
+                fixed=tuple(self.fixed),
+                floor=self.floor,
+                weights=weights,
+                device=self._device,
+            )
         return pose(
             model,
             args,
@@ -194,6 +214,7 @@ class Solver:
         weights: Any = None,
         checkpoint: str | os.PathLike[str] | None = None,
         checkpoint_every: float = 60.0,
+        distributed: Any = False,
         **kwargs: Any,
     ) -> Fit:
         """Fit a Pyro program to data.
@@ -202,8 +223,8 @@ class Solver:
         ----------
         model, args, kwargs
             The program and what it is called with. (A program whose own argument is called
-            ``init``, ``restarts``, ``seed``, ``weights``, ``checkpoint`` or ``checkpoint_every``
-            is wrapped with ``functools.partial``.)
+            ``init``, ``restarts``, ``seed``, ``weights``, ``checkpoint``, ``checkpoint_every`` or
+            ``distributed`` is wrapped with ``functools.partial``.)
         init
             ``"auto"`` (the program's own values where they tell the states apart, else the best
             of several guesses), ``"kmeans"``, ``"random"``, ``"prior"``, ``"model"`` (the values
@@ -220,6 +241,17 @@ class Solver:
             out of iterations gets more.
         checkpoint_every
             The seconds between two writes; the file is also written at the end and at a Ctrl-C.
+        distributed
+            Fit the rows of several processes, each of which makes the same call with rows (and
+            weights) of its own: True for all processes of ``torch.distributed``, or a process
+            group. All end with the same fit: that of all rows. A process may have no rows: data of
+            shape ``(0, ...)``. It needs a program with a kernel, whose parameters and arguments
+            are not computed from the data. What a ``Fit`` says of rows when no data is given
+            concerns those of its own process.
+
+            Where one process fails, or is interrupted, all end. Where one is gone they end with an
+            error, at the latest after the timeout of the process group
+            (``init_process_group(timeout=...)``, 30 minutes unless told otherwise).
 
         Raises:
         ------
@@ -232,9 +264,19 @@ class Solver:
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
             raise SettingError(f"seed must be an integer from 0 to 2**32 - 1, got {seed!r}.")
         path = check_path(checkpoint, checkpoint_every)
+        ranks = ranks_of(distributed)
+        if ranks is not None and path is not None:
+            raise SettingError("checkpoint: a fit by several processes cannot be stored.")
+        if ranks is not None and ranks.rank and self.progress:  # one of them tells how it goes
+            quiet, given = replace(self, progress=False), (init, restarts, seed, weights)
+            names = ("init", "restarts", "seed", "weights")
+            own = dict(zip(names, given, strict=True))
+            return quiet.fit(model, *args, **own, distributed=distributed, **kwargs)
         stored = None if path is None else read(path)
-        with deferred():
-            problem = self.pose(model, args, kwargs, weights)
+        with deferred(), together(ranks):
+            if ranks is not None:
+                ranks.check_same({**self._plain, "restarts": restarts, "seed": seed})
+            problem = self.pose(model, args, kwargs, weights, ranks)
             self.check(problem)
             pause_point()
             show = Progress(f"{self.name}:", self.progress)
@@ -244,7 +286,22 @@ class Solver:
                 if path is not None:
                     own = identity(self, problem, init, restarts, seed)
                     journal.begin(stored, own, chosen)
-                return self.solve(problem, chosen, restarts, journal)
+                if ranks is None:
+                    return self.solve(problem, chosen, restarts, journal)
+                fit = self.solve(problem, _agreed(ranks, chosen), restarts)
+                return replace(fit, params=ranks.share(fit.params))
+
+    @property
+    def _plain(self) -> dict[str, Any]:
+        """The settings that can be compared between processes; the device may differ."""
+        plain = (int, float, str, tuple, torch.dtype, type(None))
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        same = {"solver": self.name, **values}
+        return {
+            name: value
+            for name, value in same.items()
+            if isinstance(value, plain) and name not in ("device", "progress")
+        }
 
     def solve(
         self,
@@ -349,6 +406,13 @@ def _ending(run: Outcome) -> str:
         f"{run.status} after {last.iteration} iterations  log_joint {run.state.log_joint:.6f}"
         f"  {last.seconds:.1f} s"
     )
+
+
+def _agreed(ranks: Ranks, chosen: Iterable[Start]) -> Iterator[Start]:
+    """The starts of the first process, which are those of all but for rounding."""
+    for start in chosen:
+        params = ranks.share(start.params, start.interrupted)
+        yield replace(start, params=params, interrupted=pressed())
 
 
 def _rank(run: Outcome) -> tuple[bool, bool, float]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pyroem.errors import ModelError, SettingError
 from pyroem.estep.engine import MixtureEngine
@@ -43,8 +42,7 @@ class StepwiseEM(Solver):
         s <- (1 - g_t) s + g_t S_t,    g_t = (1 + t / delay)^(-power),    t = 0, 1, ...
 
     and the M-step is made from them. One iteration is one pass over the data; a mini-batch takes
-    rows from everywhere in it (each so-many-th row), or, of data in blocks, follows their order,
-    which should then be random.
+    rows at random, or, of data in blocks, follows their order, which should then be random.
 
     Parameters
     ----------
@@ -96,6 +94,8 @@ class StepwiseEM(Solver):
         """Mini-batches need rows, and statistics that add over them."""
         if not problem.structure.assignments:
             raise ModelError("The program has no assignment: stepwise EM has nothing to sum out.")
+        if problem.everywhere is not None:
+            raise ModelError("Stepwise EM does not run over several processes; EM does.")
         if not isinstance(problem.engine, MixtureEngine):
             raise ModelError(
                 f"Stepwise EM needs a program with a kernel; here {problem.engine.description}."
@@ -152,14 +152,13 @@ def minibatches(problem: Problem, size: int, check: bool) -> Iterator[Rows]:
         return
     structure = problem.structure
     count = structure.unit_shape[0]
-    strides = max(1, round(count / size))
     data = structure.program.args, structure.program.kwargs
     generator = torch.Generator().manual_seed(0)
-    for first in torch.randperm(strides, generator=generator).tolist():
-        chosen = slice(first, None, strides)
-        weights: Tensor | None = problem.row_weights
-        weights = None if weights is None else weights[chosen]
-        length = len(range(first, count, strides))
-        few = take(data, chosen, count)
-        what = f"Mini-batch {first}"
+    # At random, not every so-many-th row: data may have a period.
+    shuffled = torch.randperm(count, generator=generator)
+    for number, rows_of_batch in enumerate(shuffled.chunk(max(1, round(count / size)))):
+        chosen = rows_of_batch.sort().values
+        weights = None if problem.row_weights is None else problem.row_weights[chosen]
+        few, length = take(data, chosen, count), len(chosen)
+        what = f"Mini-batch {number}"
         yield rows_of(problem.sample.structure, engine.mixture, few, length, weights, what, check)

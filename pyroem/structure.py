@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,16 @@ from pyroem._pyro import (
 from pyroem.errors import SettingError
 
 Params = dict[str, Tensor]
+
+
+# The dimensions of spaces of matrices, whose Jacobian would have a column for each element.
+_DIMENSIONS: tuple[tuple[Any, Callable[[int], int]], ...] = (
+    (constraints.simplex, lambda n: n - 1),
+    (constraints.positive_definite, lambda n: n * (n + 1) // 2),
+    (constraints.lower_cholesky, lambda n: n * (n + 1) // 2),
+    (constraints.softplus_lower_cholesky, lambda n: n * (n + 1) // 2),
+    (constraints.corr_cholesky, lambda n: n * (n - 1) // 2),
+)
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,10 @@ class Parameter:
         blocks = self.value.reshape((-1, *self.shape[len(self.shape) - events :]))
         if events == 0 or not len(blocks):
             return self.value.numel()
+        size = self.shape[-1]
+        for kind, dimension in _DIMENSIONS:
+            if constraint is kind or type(constraint) is type(kind):
+                return dimension(size) * len(blocks)
         transform = transform_to(constraint)
         raw = transform.inv(blocks[0])
         generator = torch.Generator().manual_seed(0)

@@ -32,16 +32,17 @@ class Whole:
     parameters: dict[str, Parameter]
     index: Tensor
 
-    def agrees(self, plan: Plan) -> bool:
+    def agrees(self, plan: Plan, places: Tensor | None = None) -> bool:
         """Whether all rows are what the reading of some said.
 
         The data of those rows must be the same, and so must everything that does not belong to a
         row: arguments and priors, which a program may have computed from all of the data.
+        ``places`` says where ``index`` stands among the rows that were read, if not in all places.
         """
         structure, reading = self.structure, plan.reading
         for name in structure.observations:
             some = reading.traces[0].trace.nodes[name]
-            if not _same_rows(structure, self.nodes[name], some, self.index):
+            if not _same_rows(structure, self.nodes[name], some, self.index, places):
                 return False
         pairs = zip(reading.points, reading.traces, strict=True)
         return all(self.agrees_at(plan, point, t.trace.nodes) for point, t in pairs)
@@ -126,7 +127,9 @@ def _first_states(structure: Structure) -> Params:
     return first
 
 
-def _same_rows(structure: Structure, whole: Any, some: Any, index: Tensor) -> bool:
+def _same_rows(
+    structure: Structure, whole: Any, some: Any, index: Tensor, places: Tensor | None
+) -> bool:
     """Whether the rows ``index`` of an observation are those of the sample; its mask too."""
     frames = {f.name: f.dim for f in plate_frames(whole) if f.vectorized}
     plate = structure.unit[0]
@@ -138,11 +141,14 @@ def _same_rows(structure: Structure, whole: Any, some: Any, index: Tensor) -> bo
     value = _first(value, structure.nesting + declared + events)
     assert value is not None
 
-    def cut(x: Tensor, dim: int) -> Tensor:
+    def cut(x: Tensor, dim: int, rows: Tensor = index) -> Tensor:
         if x.dim() < -dim or x.shape[dim] == 1:
             return x
-        return x.index_select(dim, index.to(x.device))
+        return x.index_select(dim, rows.to(x.device))
 
+    if places is not None:
+        value = cut(value, at - events, places)
+        mask = mask if mask is None else cut(mask, at, places)
     own, own_mask = cut(whole["value"], at - events), base_mask(whole)
     if own.shape != value.shape or (mask is None) != (own_mask is None):
         return False

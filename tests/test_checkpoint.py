@@ -122,6 +122,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], tuple[int, ...]]] = {
     "auto restarts": (EM(max_iter=25), {"restarts": 3}, (12,)),
     "trace": (EM(**SEQUENTIAL), {"init": "kmeans"}, (7,)),
     "weights": (EM(max_iter=20), {"init": "kmeans", "weights": torch.arange(120) % 3}, (4,)),
+    "stepwise": (StepwiseEM(max_iter=6, batch=30), {"init": "kmeans"}, (1, 3)),
     "fixed": (MAP(fixed={"scale", "weights"}), {"init": "kmeans"}, (2,)),
 }
 
@@ -501,6 +502,14 @@ def test_a_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(SettingError, match="cannot be written: Permission denied"):
         EM().fit(pair, data(), checkpoint=tmp_path / "c")
+
+
+def test_several_processes_have_no_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(pyroem.solver, "ranks_of", lambda distributed: object())
+    with pytest.raises(SettingError, match="several processes"):
+        EM().fit(pair, data(), checkpoint=tmp_path / "c", distributed=True)
 
 
 def test_a_memory_that_cannot_be_written(tmp_path: Path) -> None:

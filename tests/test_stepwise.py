@@ -43,7 +43,7 @@ def test_a_batch_of_all_rows_is_em() -> None:
 
 
 def test_weights_and_masks() -> None:
-    x, weights = simulated(3000), torch.arange(3000, dtype=torch.float64) % 3
+    x, weights = simulated(3000), torch.arange(3000, dtype=torch.float64) % 4
     best = EM().fit(mixture, x, weights=weights)
     for data in (x, blocks(x, rows=700)):
         fit = StepwiseEM(batch=250, max_iter=3).fit(mixture, data, weights=weights, init=best)

@@ -99,7 +99,7 @@ class MixtureEngine:
     def _where(self) -> str:
         if not isinstance(self.chunks, list):
             return "data read in blocks, matrix products in blocks of rows"
-        device = self.chunks[0].device
+        device = self.chunks[0].device if self.chunks else torch.device("cpu")
         place = "" if device.type == "cpu" else f" on {device}"
         return f"matrix products in blocks of rows{place}"
 
@@ -118,14 +118,18 @@ class MixtureEngine:
         return total
 
     def log_joint(self, params: Params) -> tuple[Tensor, Tensor]:
-        """Log-likelihood and log prior at ``params``, differentiable once.
-
-        By Fisher's identity the gradient of the log-likelihood is that of ``Q(. | params)``: a
-        function of the expected statistics, whose cost does not depend on the rows.
-        """
+        """Log-likelihood and log prior at ``params``, differentiable once."""
         fixed = {name: value.detach() for name, value in params.items()}
         with torch.no_grad():
             expected = expect(self.mixture, self.chunks, fixed)
+        return self.surrogate(params, expected), self.log_prior(params)
+
+    def surrogate(self, params: Params, expected: Expected) -> Tensor:
+        """The log-likelihood of an E-step at ``params``, differentiable once.
+
+        By Fisher's identity its gradient is that of ``Q(. | params)``: a function of the expected
+        statistics, whose cost does not depend on the rows.
+        """
         value = expected.log_likelihood
         if torch.is_grad_enabled() and any(v.requires_grad for v in params.values()):
             run = Run(self.mixture.plan, params)
@@ -134,4 +138,4 @@ class MixtureEngine:
                 site = self.mixture.plan.reading.sites[name]
                 q = q + site.expected_log_density(run.arguments(site), statistics)
             value = value + (q - q.detach())
-        return value, self.log_prior(params)
+        return value

@@ -337,32 +337,33 @@ def posteriors(
 
 def marginals(mixture: Mixture, chunks: Iterable[Rows], params: Params) -> dict[str, Tensor]:
     """For each assignment its posterior probabilities: rows by states."""
-    parts: dict[str, list[Tensor]] = {}
+    none = {z: n for group in mixture.groups for z, n in zip(group.names, group.sizes, strict=True)}
+    parts = {z: [torch.zeros((0, n))] for z, n in none.items()}
     for rows in chunks:
         for joints, _, _ in posteriors(mixture, rows, params):
             for group, joint in zip(mixture.groups, joints, strict=True):
                 for axis, z in enumerate(group.names):
-                    parts.setdefault(z, []).append(group.marginal(joint, (axis,)).T.cpu())
+                    parts[z].append(group.marginal(joint, (axis,)).T.cpu())
     return {z: torch.cat(found) for z, found in parts.items()}
 
 
 def best_states(mixture: Mixture, chunks: Iterable[Rows], params: Params) -> dict[str, Tensor]:
     """For each assignment its state in the most probable joint assignment of each row."""
-    parts: dict[str, list[Tensor]] = {}
+    none = torch.zeros(0, dtype=torch.int64)
+    parts = {z: [none] for group in mixture.groups for z in group.names}
     for rows in chunks:
         for joints, _, _ in posteriors(mixture, rows, params):
             for group, joint in zip(mixture.groups, joints, strict=True):
                 best = torch.unravel_index(joint.argmax(0), group.sizes) if group.sizes else ()
                 for z, states in zip(group.names, best, strict=True):
-                    parts.setdefault(z, []).append(states.cpu())
+                    parts[z].append(states.cpu())
     return {z: torch.cat(found) for z, found in parts.items()}
 
 
 def row_log_likelihoods(mixture: Mixture, chunks: Iterable[Rows], params: Params) -> Tensor:
     """The log-likelihood of each row."""
-    return torch.cat(
-        [by_row.cpu() for rows in chunks for _, by_row, _ in posteriors(mixture, rows, params)]
-    )
+    parts = (by_row for rows in chunks for _, by_row, _ in posteriors(mixture, rows, params))
+    return torch.cat([torch.zeros(0), *(by_row.cpu() for by_row in parts)])
 
 
 def entropy(mixture: Mixture, chunks: Iterable[Rows], params: Params) -> Tensor:
