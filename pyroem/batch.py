@@ -56,10 +56,9 @@ class Batch:
     def expected_given(self, posterior: Tensor) -> Expected:
         """Expected statistics under given posteriors: copies, states, rows (of one group)."""
         (rows,) = self.chunks
-        if rows.weights is not None:
-            posterior = posterior * rows.weights
+        joint = posterior.reshape(-1, posterior.shape[-1])
         with torch.no_grad():
-            return expect_given(self.mixture, rows, posterior.reshape(-1, posterior.shape[-1]))
+            return expect_given(self.mixture, rows, [joint])
 
     def m_step(
         self, params: Params, expected: Expected, only: frozenset[str] | None = None
@@ -118,7 +117,7 @@ def _copied_group(group: Group, plan: Plan, count: int) -> Group:
         site = replace(
             site,
             shape=(count, *a.site.shape),
-            sufficient=tuple(t.unsqueeze(0) for t in a.site.sufficient),
+            data=replace(a.site.data, copied=True),
         )
         dims = (0, *(d + 1 if d >= 0 else -1 for d in a.dims))
         assigned.append(Assigned(site, dims, a.measure.unsqueeze(0), copied=True))

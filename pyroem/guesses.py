@@ -10,8 +10,10 @@ from torch import Tensor
 from pyroem._pyro import align
 from pyroem.batch import Batch, has_one_group, no_batch, stack, unstack
 from pyroem.clustering import cluster_means, features, kmeans, rows_shape
+from pyroem.estep.engine import MixtureEngine
+from pyroem.estep.kernel import expect_given
 from pyroem.estep.trace import collect, factor_weights, posterior
-from pyroem.mstep.update import QUICK
+from pyroem.mstep.update import QUICK, Expected
 from pyroem.problem import Problem
 from pyroem.structure import Params
 from pyroem.symmetry import StateGroup
@@ -104,6 +106,10 @@ def from_evidence(
     only: frozenset[str] | None = None,
 ) -> Params:
     """One M-step with the assignments' probabilities given (uniform where absent)."""
+    if isinstance(problem.engine, MixtureEngine) and isinstance(problem.engine.chunks, list):
+        by_kernel = _by_kernel(problem, evidence, importance)
+        if by_kernel is not None:
+            return problem.m_step(params, by_kernel, only, effort=QUICK)
     structure, trace = problem.structure, problem.plan.reading.traces[0]
     tensors = {name: torch.zeros_like(f.tensor) for name, f in trace.factors.items()}
     for z, probabilities in evidence.items():
@@ -120,6 +126,27 @@ def from_evidence(
     value, found = factor_weights(trace, tensors, row_weights=weights, unit=structure.unit)
     expected = collect(problem.plan, trace, value, found)
     return problem.m_step(params, expected, only, effort=QUICK)
+
+
+def _by_kernel(problem: Problem, evidence: Evidence, importance: Tensor | None) -> Expected | None:
+    """The statistics under the evidence, if it says nothing or all about one assignment."""
+    engine = problem.engine
+    assert isinstance(engine, MixtureEngine)
+    groups, (rows,) = engine.mixture.groups, engine.chunks
+    posteriors = []
+    for group in groups:
+        if not evidence or not group.names:
+            even = torch.full((group.num_states, 1), 1 / group.num_states, dtype=rows.dtype)
+            posteriors.append(even)
+        elif len(group.names) == 1 and group.names[0] in evidence:
+            given = evidence[group.names[0]]
+            posteriors.append(given.reshape(-1, given.shape[-1]).T)
+        else:
+            return None
+    if importance is not None:
+        posteriors = [p * importance.reshape(-1) for p in posteriors]
+    with torch.no_grad():
+        return expect_given(engine.mixture, rows, posteriors)
 
 
 def placed(problem: Problem, params: Params) -> Params:

@@ -29,7 +29,7 @@ class Columns:
     ) -> None:
         site, rank = layout.site, layout.rank
         self.layout, self.base, self.family = layout, base, site.family
-        self.dtype = site.sufficient[0].dtype
+        self.dtype = site.dtype
         events = len(base.event_shape)
         value = pad(value, rank, events)
         rows = [max(x.shape[d] for x in (value, mask) if x is not None) for d in layout.rows]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -45,7 +45,7 @@ class Rows:
             base, _, _ = unwrap(node["fn"])
             mask = base_mask(node)
             if mask is not None:
-                mask = pad(mask.to(layout.site.sufficient[0].dtype), layout.rank, 0)
+                mask = pad(mask.to(layout.site.dtype), layout.rank, 0)
             self.columns[layout.site.name] = Columns(layout, base, node["value"], mask, device)
         self.num_rows = max(c.num_rows for c in self.columns.values())
         self.weights = None if weights is None else weights.reshape(-1).to(self.device)
@@ -234,14 +234,24 @@ def _add(
     return likelihood
 
 
-def expect_given(mixture: Mixture, rows: Rows, posterior: Tensor) -> Expected:
-    """The statistics under given (weighted) posteriors of one group: joint states by rows."""
-    (group,), totals = mixture.groups, _Totals()
-    for start, stop in rows.blocks():
-        phi = [rows.phi(0, part, start, stop) for part in range(len(group.observed))]
-        totals.add(group, posterior[:, start:stop], phi)
-    nothing = torch.zeros((), dtype=posterior.dtype)
-    return Expected(nothing, totals.statistics(group, posterior.dtype), {})
+def expect_given(mixture: Mixture, rows: Rows, posteriors: Sequence[Tensor]) -> Expected:
+    """The statistics under given posteriors: for each group the joint states by rows.
+
+    A posterior of one column holds for every row. Row weights come on top.
+    """
+    statistics: dict[str, SiteStatistics] = {s.name: own for s, own, _ in mixture.outside}
+    for g, (group, given) in enumerate(zip(mixture.groups, posteriors, strict=True)):
+        total = _Totals()
+        for start, stop in rows.blocks():
+            phi = [rows.phi(g, part, start, stop) for part in range(len(group.observed))]
+            own = given[:, start:stop] if given.shape[1] > 1 else given.expand(-1, stop - start)
+            own = own if rows.weights is None else own * rows.weights[start:stop]
+            total.add(group, own.to(rows.device), phi)
+        _home(torch.zeros((), device=rows.device), [total])
+        statistics.update(total.statistics(group, rows.dtype))
+    if mixture.scale != 1.0:
+        statistics = {name: s.scaled(mixture.scale) for name, s in statistics.items()}
+    return Expected(torch.zeros((), dtype=rows.dtype), statistics, {})
 
 
 def _sum(by_row: Tensor, weights: Tensor | None) -> Tensor:

@@ -75,7 +75,7 @@ class Layout:
     def widths(self) -> tuple[int, ...]:
         """For each statistic the number of its features."""
         widths = []
-        for t, packed in zip(self.site.sufficient, self.packed, strict=True):
+        for t, packed in zip(self.site.data.few, self.packed, strict=True):
             event = t.shape[self.rank :]
             size = event[0] * (event[0] + 1) // 2 if packed else _size(event)
             widths.append(self.num_features * size)
@@ -92,7 +92,7 @@ class Layout:
         shape = (1,) * (self.rank - len(base.batch_shape)) + tuple(base.batch_shape)
         by_row = any(shape[d] > 1 for d in self.rows) or len(self.rows) != 1
         states = [d for d in others if d not in self.rows]
-        by_state = any(t.shape[d] > 1 for t in self.site.sufficient for d in states)
+        by_state = any(t.shape[d] > 1 for t in self.site.data.few for d in states)
         return not by_row and not by_state
 
     @cached_property
@@ -129,7 +129,7 @@ class Layout:
     def _example(self) -> tuple[Tensor, ...]:
         """The statistics of the first row, over the cells."""
         example = []
-        for t, events in zip(self.site.sufficient, self.site.family.event_dims, strict=True):
+        for t, events in zip(self.site.data.few, self.site.family.event_dims, strict=True):
             for d in range(self.rank):
                 t = t.narrow(d, 0, 1) if self._cells[d] == 1 else t
             example.append(t.expand(self._cells + t.shape[t.dim() - events :]))

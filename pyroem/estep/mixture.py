@@ -109,7 +109,7 @@ class Group:
     @cached_property
     def zero(self) -> Tensor:
         """A number for each joint state, not yet filled in."""
-        dtype = self.assigned[0].site.sufficient[0].dtype if self.assigned else torch.float64
+        dtype = self.assigned[0].site.dtype if self.assigned else torch.float64
         return torch.zeros((1,) * len(self.sizes), dtype=dtype)
 
     def spread(self, x: Tensor, axes: tuple[int, ...]) -> Tensor:
@@ -236,11 +236,10 @@ def _assigned(site: SiteModel, plan: Plan, dims: tuple[int, ...]) -> Assigned:
     value = plan.reading.traces[0].trace.nodes[site.name]["value"]
     arguments = site.evaluate(plan.reading.points[0], lambda: base)
     measure = pad(base.log_prob(value), len(shape), 0) - _density(site, arguments)
-    sufficient = site.sufficient
     for d in site.unit_dims:
         measure = measure.narrow(d, 0, 1)
-        sufficient = tuple(t.narrow(d, 0, 1) for t in sufficient)
-    return Assigned(replace(site, shape=shape, sufficient=sufficient), dims, measure.detach())
+    site = replace(site, shape=shape, data=replace(site.data, first=True))
+    return Assigned(site, dims, measure.detach())
 
 
 def _layout(
@@ -278,7 +277,7 @@ def _components(names: list[str], linked: Iterable[set[str]]) -> list[set[str]]:
 
 def _outside(site: SiteModel, plan: Plan) -> tuple[SiteModel, SiteStatistics, float]:
     trace, point = plan.reading.traces[0], plan.reading.points[0]
-    dtype = site.sufficient[0].dtype
+    dtype = site.dtype
     found = site.expected(torch.ones(site.shape[: len(site.shape) - site.events], dtype=dtype))
     base, _, _ = unwrap(trace.trace.nodes[site.name]["fn"])
     density = site.expected_log_density(site.evaluate(point, lambda: base), found)

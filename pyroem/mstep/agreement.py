@@ -48,7 +48,7 @@ def _check_coordinate(
         return
     node = trace.trace.nodes[site.name]
     base, _, _ = unwrap(node["fn"])
-    rows = torch.ones(site.shape[: len(site.shape) - site.events], dtype=site.sufficient[0].dtype)
+    rows = torch.ones(site.shape[: len(site.shape) - site.events], dtype=site.dtype)
     statistics = site.expected(rows)
     arguments = site.centred(site.evaluate(point, lambda: base))
     mode = coordinate.form.mode(
@@ -77,8 +77,8 @@ def _check_density(site: SiteModel, traces: tuple[Enumerated, ...]) -> None:
     It is tried on a few rows and states, at both probes.
     """
     rank = len(site.shape)
-    few = tuple(_few(t, rank) for t in site.sufficient)
-    one = torch.ones((1,) * rank, dtype=site.sufficient[0].dtype)
+    few = tuple(_few(t, rank) for t in site.data.few)
+    one = torch.ones((1,) * rank, dtype=site.dtype)
     mask = one if site.mask is None else _few(site.mask, rank)
     gaps, size = [], 1.0
     for trace in traces:

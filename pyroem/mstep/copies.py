@@ -57,7 +57,7 @@ def copied_site(site: SiteModel, count: int) -> SiteModel:
         site,
         shape=(count, *site.shape),
         arguments=arguments,
-        sufficient=tuple(t.unsqueeze(0) for t in site.sufficient),
+        data=replace(site.data, copied=True),
         mask=None if site.mask is None else site.mask.unsqueeze(0),
         unit_dims=frozenset(d + 1 for d in site.unit_dims),
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from pyroem.mstep.landmarks import Landmark, find_landmark
 from pyroem.mstep.selection import Selection, find
 from pyroem.statistics import SiteStatistics, weighted_sum
 from pyroem.structure import Params, Structure, base_mask
+
+FEW = 32  # rows
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,53 @@ class Argument:
 
 
 @dataclass(frozen=True)
+class Recorded:
+    """What was seen at a site; its statistics ``T(x - centre)`` are made when they are asked for.
+
+    ``first`` keeps only the first row's, where all are alike; ``copied`` puts a dim of size one,
+    for copies of the program, in front.
+    """
+
+    family: Family
+    base: Any
+    value: Tensor
+    rank: int
+    rows: frozenset[int]
+    centre: Tensor | None = None
+    first: bool = False
+    copied: bool = False
+
+    @cached_property
+    def statistics(self) -> tuple[Tensor, ...]:
+        """Of all rows, each padded to the site's rank."""
+        return self._made(self.value)
+
+    @cached_property
+    def few(self) -> tuple[Tensor, ...]:
+        """Of the first rows: their shapes tell those of all, the rows' dims apart."""
+        value, batch = self.value, self.base.batch_shape
+        first = self.rank - len(batch)
+        if any(d >= first and batch[d - first] > 1 for d in self.rows):
+            return self.statistics  # constants of the distribution differ by row
+        for d in self.rows:
+            value = value.narrow(d, 0, min(FEW, value.shape[d]))
+        return self._made(value)
+
+    def _made(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = x if self.centre is None else x - self.centre
+        found = zip(self.family.statistics(self.base, x), self.family.event_dims, strict=True)
+        made = tuple(pad(t, self.rank, e) for t, e in found)
+        for d in self.rows if self.first else ():
+            made = tuple(t.narrow(d, 0, 1) for t in made)
+        return tuple(t.unsqueeze(0) for t in made) if self.copied else made
+
+
+@dataclass(frozen=True)
 class SiteModel:
     """A site with a family. Batch dims are counted from the left of ``shape``.
 
-    ``statistics`` holds ``T(x - centre)``, which depends on the data alone; ``scale`` is the data's
-    variance, the yardstick of the variance floor.
+    ``data`` holds what depends on the data alone; ``scale`` is the data's variance, the yardstick
+    of the variance floor.
     """
 
     name: str
@@ -47,11 +92,21 @@ class SiteModel:
     shape: tuple[int, ...]
     events: int
     arguments: dict[str, Argument]
-    sufficient: tuple[Tensor, ...]
+    data: Recorded
     mask: Tensor | None
     centre: Tensor | None
     scale: Tensor | None
     unit_dims: frozenset[int]
+
+    @property
+    def sufficient(self) -> tuple[Tensor, ...]:
+        """The statistics of all rows."""
+        return self.data.statistics
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating type of the statistics."""
+        return self.data.value.dtype
 
     @property
     def keep(self) -> frozenset[int]:
@@ -207,7 +262,7 @@ def read_sites(structure: Structure) -> Reading:
         for name, site in sites.items():  # data far away can hide a dependence in the last digit
             hangs = (a.parameters for a in site.arguments.values())
             dependence[name] = dependence[name].union(*hangs)
-        sites = _scaled(sites, traces[0])
+        sites = _scaled(sites)
         landmarks = {}
         for name in structure.observations:
             mark = None if name in sites else find_landmark(structure, name, traces, points)
@@ -297,21 +352,11 @@ def _read_site(
         arguments[key] = Argument(key, event_dim, varies, hangs, selection)
     frames = {f.name: f.dim for f in nodes[0]["cond_indep_stack"] if f.vectorized}
     unit_dims = frozenset(rank - events + frames[p] for p in structure.unit if p in frames)
-    centre = None
     x = pad(value, rank, len(base.event_shape)).to(structure.program.dtype)
-    site = SiteModel(name, family, shape, events, arguments, (), mask, None, None, unit_dims)
-    if mask is not None:
-        site = replace(site, mask=pad(mask.to(x.dtype), rank, 0))
-    if family.location is not None:
-        centre = torch.zeros((), dtype=x.dtype)  # replaced by _scaled
-    return replace(site, sufficient=_statistics(site, base, x), centre=centre)
-
-
-def _statistics(site: SiteModel, base: Any, x: Tensor) -> tuple[Tensor, ...]:
-    """``T(x)``, every statistic padded to the site's rank."""
-    found = site.family.statistics(base, x)
-    dims = site.family.event_dims
-    return tuple(pad(t, len(site.shape), e) for t, e in zip(found, dims, strict=True))
+    mask = None if mask is None else pad(mask.to(x.dtype), rank, 0)
+    centre = None if family.location is None else torch.zeros((), dtype=x.dtype)  # see _scaled
+    data = Recorded(family, base, x, rank, unit_dims)
+    return SiteModel(name, family, shape, events, arguments, data, mask, centre, None, unit_dims)
 
 
 def _confirmed(site: SiteModel, point: Params, trace: Enumerated) -> SiteModel:
@@ -327,7 +372,7 @@ def _confirmed(site: SiteModel, point: Params, trace: Enumerated) -> SiteModel:
     return replace(site, arguments=arguments)
 
 
-def _scaled(sites: dict[str, SiteModel], trace: Enumerated) -> dict[str, SiteModel]:
+def _scaled(sites: dict[str, SiteModel]) -> dict[str, SiteModel]:
     """Give sites with a location a common centre and scale, pooled over sites that share it.
 
     Statistics are then taken around the centre, so that data far from the origin loses no digits.
@@ -335,7 +380,7 @@ def _scaled(sites: dict[str, SiteModel], trace: Enumerated) -> dict[str, SiteMod
     groups: dict[Any, dict[str, tuple[Tensor, Tensor, Tensor]]] = {}
     for name, site in sites.items():
         if site.family.location is not None:
-            moments = _moments(site, *_data(site, trace))
+            moments = _moments(site)
             hangs = frozenset().union(*(a.parameters for a in site.arguments.values()))
             group = groups.setdefault((id(site.family), hangs, moments[0].shape), {})
             group[name] = moments
@@ -351,21 +396,16 @@ def _scaled(sites: dict[str, SiteModel], trace: Enumerated) -> dict[str, SiteMod
         scale = torch.where(constant, magnitude, variance)
         for name in group:
             site = sites[name]
-            x, base = _data(site, trace)
+            x = site.data.value
             at = centre.reshape((1,) * (x.dim() - centre.dim()) + centre.shape)
-            statistics, scale_at = _statistics(site, base, x - at), scale.reshape(at.shape)
-            result[name] = replace(site, centre=at, scale=scale_at, sufficient=statistics)
+            data, scale_at = replace(site.data, centre=at), scale.reshape(at.shape)
+            result[name] = replace(site, centre=at, scale=scale_at, data=data)
     return result
 
 
-def _data(site: SiteModel, trace: Enumerated) -> tuple[Tensor, Any]:
-    node = trace.trace.nodes[site.name]
-    base, _, _ = unwrap(node["fn"])
-    return pad(node["value"], len(site.shape), len(base.event_shape)).to(site.sufficient[0]), base
-
-
-def _moments(site: SiteModel, x: Tensor, base: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _moments(site: SiteModel) -> tuple[Tensor, Tensor, Tensor]:
     """Count, mean and sum of squares of each feature, over the rows and what they share."""
+    x, base = site.data.value, site.data.base
     rank = len(site.shape)
     reduce = [
         d for d in range(rank) if d not in site.keep or d in site.unit_dims or x.shape[d] == 1
