@@ -86,14 +86,22 @@ class Layout:
         """The rows of Phi: the widths, and the number of elements where masked."""
         return (*self.widths, *(() if self.site.mask is None else (self.num_features,)))
 
-    def plain(self, base: Any) -> bool:
-        """Whether the statistics need nothing of the distribution that differs by row or state."""
-        others = [d for d in range(self.rank) if d not in (*self.features, *self.pooled)]
-        shape = (1,) * (self.rank - len(base.batch_shape)) + tuple(base.batch_shape)
-        by_row = any(shape[d] > 1 for d in self.rows) or len(self.rows) != 1
-        states = [d for d in others if d not in self.rows]
-        by_state = any(t.shape[d] > 1 for t in self.site.data.few for d in states)
-        return not by_row and not by_state
+    def plain(self, base: Any, value: Tensor) -> bool:
+        """Whether the statistics need nothing of the distribution that differs by row or state.
+
+        Then those of one row of ``value`` (in the site's layout) have one row and one state.
+        """
+        if len(self.rows) != 1:
+            return False
+        one = value.narrow(self.rows[0], 0, 1)
+        try:
+            found = self.site.family.statistics(base, one)
+        except RuntimeError:  # its constants have the rows of all data
+            return False
+        inner = (*self.features, *self.pooled)
+        pairs = zip(found, self.site.family.event_dims, strict=True)
+        padded = [pad(t, self.rank, e) for t, e in pairs]
+        return all(t.shape[d] == 1 for t in padded for d in range(self.rank) if d not in inner)
 
     @cached_property
     def _cells(self) -> tuple[int, ...]:

@@ -62,13 +62,16 @@ class Recorded:
     @cached_property
     def few(self) -> tuple[Tensor, ...]:
         """Of the first rows: their shapes tell those of all, the rows' dims apart."""
-        value, batch = self.value, self.base.batch_shape
-        first = self.rank - len(batch)
-        if any(d >= first and batch[d - first] > 1 for d in self.rows):
-            return self.statistics  # constants of the distribution differ by row
+        value = self.value
         for d in self.rows:
             value = value.narrow(d, 0, min(FEW, value.shape[d]))
-        return self._made(value)
+        try:
+            made = self._made(value)
+        except RuntimeError:  # constants of the distribution differ by row
+            return self.statistics
+        lead = int(self.copied)
+        same = all(t.shape[d + lead] in (1, value.shape[d]) for t in made for d in self.rows)
+        return made if same or self.first else self.statistics
 
     def _made(self, x: Tensor) -> tuple[Tensor, ...]:
         x = x if self.centre is None else x - self.centre
