@@ -197,9 +197,7 @@ def compare(
             with isolated(solver.dtype, seed):
                 if common is None:
                     show = Progress("", any(s.progress for s in chosen.values()))
-                    common = list(
-                        islice(starts(problem.sample, init, restarts, seed, show), restarts)
-                    )
+                    common = list(islice(starts(problem, init, restarts, seed, show), restarts))
                     show.close()
                 with suppress(ModelError, torch.linalg.LinAlgError):  # the run itself will say so
                     solver.begin(problem, common[0].params)  # what is made once is not on the clock

@@ -105,7 +105,7 @@ class Fit:
         own = self.problem.structure
         if not args and not kwargs:
             return own
-        structure = read(own.program.model, args, kwargs, dtype=own.program.dtype)
+        structure = read(own.program.model, args, kwargs, dtype=own.program.dtype, part=True)
         for name, parameter in structure.parameters.items():
             if name not in self.params or parameter.shape != tuple(self.params[name].shape):
                 raise ModelError(

@@ -113,7 +113,7 @@ class Problem:
         if rows < LARGE or len(structure.unit) != 1:
             return None
         try:
-            whole = whole_data(structure, *data, rows, torch.arange(0))
+            whole = whole_data(structure, *data, rows, torch.arange(0), part=True)
             if whole is None or not whole.agrees_at(self.plan, params):
                 return None
         except PyroemError:

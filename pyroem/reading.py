@@ -43,8 +43,9 @@ def read(
     kwargs: Mapping[str, Any] | None = None,
     *,
     dtype: torch.dtype = torch.float64,
+    part: bool = False,
 ) -> Structure:
-    """Read a program with its data.
+    """Read a program with its data (with a ``part`` of it, of which all may be masked).
 
     Raises:
     ------
@@ -82,7 +83,7 @@ def read(
     }
     fill, known = {}, {known_part(n) for n in nodes if n.endswith("_unobserved")}
     for name in kinds.observations:
-        filled = check_observation(nodes[name], partly=name in known)
+        filled = check_observation(nodes[name], partly=part or name in known)
         if filled is not None:
             fill[name] = filled
     program = replace(program, modules=modules, fill=fill, cast=cast or cast_again)

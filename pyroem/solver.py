@@ -282,7 +282,7 @@ class Solver:
             show = Progress(f"{self.name}:", self.progress)
             journal = Journal(self, problem, path, checkpoint_every)
             with isolated(self.dtype, seed):
-                chosen = starts(problem.sample, init, restarts, seed, show)
+                chosen = starts(problem, init, restarts, seed, show)
                 if path is not None:
                     own = identity(self, problem, init, restarts, seed)
                     journal.begin(stored, own, chosen)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NoReturn
 
@@ -14,10 +14,11 @@ from torch import Tensor
 from pyroem._pyro import isolated
 from pyroem.batch import Batch, no_batch, stack, unstack
 from pyroem.diagnose import collapsed
-from pyroem.errors import SettingError
+from pyroem.errors import ModelError, SettingError
 from pyroem.guesses import from_evidence, guessed_together, placed
 from pyroem.interrupt import pause_point
 from pyroem.mstep.plan import Rung
+from pyroem.mstep.update import QUICK
 from pyroem.problem import Problem
 from pyroem.structure import Params, check_names
 from pyroem.symmetry import coinciding
@@ -32,11 +33,15 @@ CALM = 1e-6  # change of the objective per row at which a run of the race has se
 
 @dataclass(frozen=True)
 class Start:
-    """A starting point and how it was made, in words for ``explain()``."""
+    """A starting point and how it was made, in words for ``explain()``.
+
+    ``sought`` are the parameters that were found from the data, not given.
+    """
 
     params: Params
     how: str
     interrupted: bool = False
+    sought: frozenset[str] = frozenset()
 
 
 class Starts(Iterator[Start]):
@@ -51,6 +56,7 @@ class Starts(Iterator[Start]):
         self.found: list[Start] = []
         self.searched = 0
         self._coming: list[Start] = []
+        self.finish: Callable[[Start], Start] = lambda start: start
 
     def __next__(self) -> Start:
         while not self._coming:
@@ -60,6 +66,7 @@ class Starts(Iterator[Start]):
             if any(start.interrupted for start in self._coming):
                 self.groups = self.groups[: self.searched]  # the user wants no more
             else:
+                self._coming = [self.finish(start) for start in self._coming]
                 self.searched += 1
                 self.found += self._coming
         return self._coming.pop(0)
@@ -87,6 +94,37 @@ def starts(
         For an unknown method, parameters that the program does not have, shapes that do not match,
         and ``count > 1`` of a start that has nothing random.
     """
+    found = _starts(problem.sample, init, count, seed, report)
+    if problem.smaller is not None:
+        found.finish = partial(_on_all_rows, problem)
+    return found
+
+
+def _on_all_rows(problem: Problem, start: Start) -> Start:
+    """A start that was sought on a sample, after one EM iteration over all rows.
+
+    What is rare may not be in the sample. Its probability there is zero, a bound that a gradient
+    does not leave.
+    """
+    if not start.sought:
+        return start
+    try:
+        expected, _ = problem.e_step(start.params)
+        params = problem.m_step(start.params, expected, start.sought, QUICK)
+    except (ModelError, torch.linalg.LinAlgError):
+        return start
+    if not all(bool(value.isfinite().all()) for value in params.values()):
+        return start
+    return replace(start, params=params, how=f"{start.how}; one EM iteration over all rows")
+
+
+def _starts(
+    problem: Problem,
+    init: Any,
+    count: int,
+    seed: int,
+    report: Callable[[str], None],
+) -> Starts:
     given = getattr(init, "params", init)
     if isinstance(given, Mapping):
         if count > 1:
@@ -126,8 +164,9 @@ def _guesses(
 ) -> list[Start]:
     how = "k-means assignments" if method == "kmeans" else "random assignments"
     found = guessed_together(problem, pooled, method, seeds, only)
+    sought = frozenset(problem.free) if only is None else only
     return [
-        Start(params, f"{how} (seed {seed}) and one M-step")
+        Start(params, f"{how} (seed {seed}) and one M-step", sought=sought)
         for params, seed in zip(found, seeds, strict=True)
     ]
 
@@ -182,12 +221,11 @@ def _given(problem: Problem, given: Mapping[str, Any], seed: int) -> Start:
     if not rest or not structure.assignments:
         return Start(program, "the values given")
     if _telling(problem, values)[1]:
-        return Start(
-            _around(problem, program, rest), "the values given, the rest found around them"
-        )
+        how = "the values given, the rest found around them"
+        return Start(_around(problem, program, rest), how, sought=rest)
     pooled = from_evidence(problem, program, {}, None, rest)
     (start,) = _guesses(problem, pooled, "kmeans", [seed], rest)
-    return Start(start.params, f"the values given, the rest from {start.how}")
+    return replace(start, how=f"the values given, the rest from {start.how}")
 
 
 def _telling(problem: Problem, values: Mapping[str, Tensor]) -> tuple[set[str], bool]:
@@ -236,7 +274,9 @@ def _auto(
     elif not complete and apart:
         rest = frozenset(problem.free) - frozenset(explicit)
         how = "the program's own values, which differ by state; the rest found around them"
-        groups.append(lambda: [Start(problem.clip(_around(problem, program, rest)), how)])
+        groups.append(
+            lambda: [Start(problem.clip(_around(problem, program, rest)), how, sought=rest)]
+        )
     kept = telling if not groups and not apart else set()
     wanted = max(count - len(groups), 1)
     return [*groups, lambda: _race(problem, program, wanted, seed, report, kept)]
@@ -301,7 +341,7 @@ def _raced(
     seconds = time.perf_counter() - clock
     how = f"best of {guesses} guesses after short EM runs ({seconds:.1f} s): "
     runs = _distinct([run for field in fields for run in field], problem.rows, count)
-    return [Start(run.start.params, how + run.start.how) for run in runs[: count + RESERVE]]
+    return [replace(run.start, how=how + run.start.how) for run in runs[: count + RESERVE]]
 
 
 def _extent(problem: Problem) -> tuple[int, tuple[tuple[int, float], ...]]:

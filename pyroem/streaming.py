@@ -11,12 +11,14 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pyroem._pyro import as_data, isolated
 from pyroem.blocks import Blocks
-from pyroem.errors import DataError, ModelError
+from pyroem.errors import DataError
 from pyroem.estep.kernel import Rows
 from pyroem.estep.mixture import Mixture
 from pyroem.sampling import leading_size, sample_rows, take
 from pyroem.structure import Structure
 from pyroem.whole import whole_data
+
+SOME = 50  # rows of a block that the program is run on alone, to compare
 
 
 class Streamed:
@@ -78,13 +80,20 @@ def rows_of(
     """Some rows for the kernel, by running the program on them."""
     plan, (args, kwargs) = mixture.plan, data
     with isolated(structure.program.dtype, 0):
-        whole = whole_data(structure, args, kwargs, size, torch.arange(0), check)
+        none = torch.arange(0)
+        whole = whole_data(structure, args, kwargs, size, none, check, part=True)
         agrees = whole is not None and (not check or whole.agrees_at(plan, plan.reading.points[0]))
+        if agrees and check and size > 1:  # of some rows alone the program must make the same
+            index = sample_rows(size, min(SOME, size - 1))
+            args, kwargs = take(data, index, size)
+            few = whole_data(structure, args, kwargs, len(index), none, False, part=True)
+            agrees = few is not None and whole is not None and whole.same_rows(few, index)
     if whole is None or not agrees:
-        raise ModelError(
-            f"{what}: the program makes something else of it than of the other rows."
-            " Its parameters, priors and the distributions' arguments must not be computed"
-            " from the data, and its plate of rows must have the size of the block."
+        raise DataError(
+            f"{what}: the program makes something else of it than of the other rows, or of some of"
+            " its rows alone. Parameters, priors, distributions' arguments and observations must"
+            " not be computed from several rows, and the plate of rows must have the size of the"
+            " block."
         )
     return Rows(mixture, whole.nodes, weights, cache=0, device=device)
 

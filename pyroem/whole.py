@@ -16,6 +16,7 @@ from pyroem.mstep.sites import narrow, pad
 from pyroem.mstep.update import Run
 from pyroem.structure import Parameter, Params, Structure, base_mask
 
+ALMOST = 1e-9
 SAME = 1e-12  # relative; what is computed from sums may differ in the last digits
 
 
@@ -46,6 +47,13 @@ class Whole:
                 return False
         pairs = zip(reading.points, reading.traces, strict=True)
         return all(self.agrees_at(plan, point, t.trace.nodes) for point, t in pairs)
+
+    def same_rows(self, few: Whole, index: Tensor) -> bool:
+        """Whether the observations of the rows ``index`` are those of ``few``, those rows alone."""
+        return all(
+            _same_rows(self.structure, self.nodes[name], few.nodes[name], index, None)
+            for name in self.structure.observations
+        )
 
     def agrees_at(self, plan: Plan, point: Params, some: Mapping[str, Any] | None = None) -> bool:
         """Whether arguments and priors are the same on all rows at ``point``.
@@ -83,10 +91,12 @@ def whole_data(
     rows: int,
     index: Tensor,
     check: bool = True,
+    part: bool = False,
 ) -> Whole | None:
     """The program on all rows; None where it has other sites, plates or parameters than on some.
 
-    Data that was checked before need not be checked again, apart from masked data.
+    Data that was checked before need not be checked again, apart from masked data. Of a part of
+    the data all may be masked.
     """
     program = replace(structure.program, args=args, kwargs=kwargs, fill={})
     nodes = program.run(_first_states(structure)).nodes  # one state: nothing of size rows x states
@@ -102,7 +112,7 @@ def whole_data(
     for name in structure.observations:
         if not check and base_mask(nodes[name]) is None:
             continue
-        filled = check_observation(nodes[name])
+        filled = check_observation(nodes[name], partly=part)
         if filled is not None:
             fill[name] = filled
             nodes[name]["value"] = filled
@@ -153,12 +163,19 @@ def _same_rows(
     if own.shape != value.shape or (mask is None) != (own_mask is None):
         return False
     if mask is None or own_mask is None:
-        return torch.equal(own, value)
+        return bool(_equal(own, value).all())
     seen = mask.expand(value.shape[: value.dim() - events])
     if not torch.equal(cut(own_mask, at).expand(seen.shape), seen):
         return False
     hidden = ~seen.reshape(seen.shape + (1,) * events)  # there each has its own filling
-    return bool(((own == value) | hidden).all())
+    return bool((_equal(own, value) | hidden).all())
+
+
+def _equal(a: Tensor, b: Tensor) -> Tensor:
+    """Where two tensors agree; a product of matrices depends on its size in the last digits."""
+    if not a.is_floating_point() or not a.numel():
+        return a == b
+    return (a - b).abs() <= ALMOST * (a.abs() + b.abs().max())
 
 
 def _first(x: Tensor | None, rank: int) -> Tensor | None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from test_large import X, mixture, simulated
 from torch import Tensor
+from torch.distributions import constraints
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import pyroem
@@ -200,3 +201,80 @@ def test_only_blocks_are_in_memory(tmp_path: Path) -> None:
 def test_blocks_can_be_passed_on() -> None:
     same = blocks(blocks(SMALL, rows=10))
     assert isinstance(same, pyroem.Blocks)
+
+
+def rare(x: Tensor, b: Tensor) -> None:
+    loc = pyro.param("loc", torch.zeros(2))
+    p = pyro.param("p", torch.tensor(0.5), constraint=constraints.unit_interval)
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2))
+        pyro.sample("x", dist.Normal(loc[z], 1.0), obs=x)
+        pyro.sample("b", dist.Bernoulli(p), obs=b)
+
+
+@pytest.mark.parametrize("solver", [EM(), MAP(), MAP("adam")], ids=str)
+@pytest.mark.parametrize("in_blocks", [False, True])
+def test_what_is_rare_need_not_be_in_the_sample(solver: Any, in_blocks: bool) -> None:
+    x = torch.cat([simulated(9000)[:, 0], simulated(9000)[:, 0] + 6])
+    b = torch.zeros(len(x), dtype=torch.float64)
+    b[[11, 12, 13]] = 1.0
+    data = (blocks((x, b), rows=5000),) if in_blocks else (x, b)
+    fit = solver.fit(rare, *data)
+    assert float(fit.params["p"]) == pytest.approx(3 / len(x), rel=0.02)
+
+
+TRANSFORMED: dict[str, Callable[[Tensor], Tensor]] = {
+    "standardised": lambda x: (x - x.mean(0)) / x.std(0),
+    "scaled": lambda x: x / x.abs().max(),
+    "differences": lambda x: torch.diff(x, dim=0, prepend=x[:1]),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMED.values(), ids=TRANSFORMED.keys())
+def test_rows_that_depend_on_other_rows(transform: Callable[[Tensor], Tensor]) -> None:
+    def program(x: Tensor) -> None:
+        mixture(transform(x))
+
+    with pytest.raises(DataError, match=r"Block 0: .* of some of its rows alone"):
+        EM().fit(program, blocks(SMALL, rows=300), init=INIT)
+
+
+def test_priors_that_depend_on_the_data() -> None:
+    def program(x: Tensor) -> None:
+        loc = pyro.sample("loc", dist.Normal(x.mean(0), 1.0).expand([3, 2]).to_event(2))
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(3) / 3))
+            pyro.sample("x", dist.Normal(loc[z], 1.0).to_event(1), obs=x)
+
+    with pytest.raises(DataError, match="Block 0"):
+        EM().fit(program, blocks(SMALL, rows=300))
+
+
+def test_a_projection_is_no_dependence() -> None:
+    """Products of matrices of other sizes differ in the last digits."""
+    projection = torch.randn((2, 2), generator=torch.Generator().manual_seed(1)).double()
+
+    def program(x: Tensor) -> None:
+        mixture(x @ projection)
+
+    fit = EM(max_iter=3).fit(program, blocks(SMALL, rows=300), init=INIT)
+    assert fit.n_iter == 3
+
+
+def test_rows_and_blocks_without_any_value() -> None:
+    seen = torch.ones(1000, 2, dtype=torch.bool)
+    seen[:300, 0] = False
+
+    def partly(x: Tensor, seen: Tensor) -> None:
+        loc = pyro.param("loc", torch.tensor([-2.0, 2.0]))
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2))
+            with pyro.poutine.mask(mask=seen[:, 0]):
+                pyro.sample("x", dist.Normal(loc[z], 1.0), obs=x[:, 0])
+            pyro.sample("y", dist.Normal(-loc[z], 1.0), obs=x[:, 1])
+
+    whole = EM().fit(partly, SMALL, seen)
+    fit = EM().fit(partly, blocks((SMALL, seen), rows=300))
+    assert fit.log_joint == pytest.approx(whole.log_joint, rel=1e-9)
+    single = whole.log_prob(SMALL[:1], seen[:1])
+    torch.testing.assert_close(single, whole.log_prob()[:1])
