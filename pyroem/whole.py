@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from pyroem._pyro import Program, plate_frames, unwrap
 from pyroem.checks import check_observation
 from pyroem.mstep.plan import Plan
-from pyroem.mstep.sites import narrow, pad
+from pyroem.mstep.sites import SiteModel, narrow, pad
 from pyroem.mstep.update import Run
 from pyroem.structure import Parameter, Params, Structure, base_mask
 
@@ -67,7 +68,7 @@ class Whole:
             base, few = unwrap(nodes[name]["fn"])[0], unwrap(some[name]["fn"])[0]
             if type(base) is not type(few):
                 return False
-            own = site.family.arguments(base)
+            own = site.family.arguments(_thin(base, site))
             for key, value in site.family.arguments(few).items():
                 argument = site.arguments[key]
                 rank, events = len(site.shape), argument.event_dim
@@ -183,6 +184,28 @@ def _first(x: Tensor | None, rank: int) -> Tensor | None:
     while x is not None and x.dim() > rank:
         x = x[0]
     return x
+
+
+def _thin(base: Any, site: SiteModel) -> Any:
+    """The distribution without the rows over which a plate expanded it.
+
+    What is derived from its tensors (logits from probabilities) then does not take rows times
+    states.
+    """
+    first, thin = len(site.shape) - len(base.batch_shape), copy.copy(base)
+    batch = list(base.batch_shape)
+    for d in site.unit_dims:
+        at = d - first
+        if at < 0 or batch[at] == 1:
+            continue
+        tensors = {n: v for n, v in vars(thin).items() if isinstance(v, Tensor)}
+        wide = {n: v for n, v in tensors.items() if v.dim() > at and v.shape[at] == batch[at]}
+        if any(v.stride(at) for v in wide.values()):
+            return base
+        vars(thin).update({n: v.narrow(at, 0, 1) for n, v in wide.items()})
+        batch[at] = 1
+    thin._batch_shape = torch.Size(batch)
+    return thin
 
 
 def _constant(x: Tensor, dims: frozenset[int]) -> bool:
