@@ -41,7 +41,7 @@ class Start:
     params: Params
     how: str
     interrupted: bool = False
-    sought: frozenset[str] = frozenset()
+    sought: tuple[str, ...] = ()
 
 
 class Starts(Iterator[Start]):
@@ -110,7 +110,7 @@ def _on_all_rows(problem: Problem, start: Start) -> Start:
         return start
     try:
         expected, _ = problem.e_step(start.params)
-        params = problem.m_step(start.params, expected, start.sought, QUICK)
+        params = problem.m_step(start.params, expected, frozenset(start.sought), QUICK)
     except (ModelError, torch.linalg.LinAlgError):
         return start
     if not all(bool(value.isfinite().all()) for value in params.values()):
@@ -164,7 +164,7 @@ def _guesses(
 ) -> list[Start]:
     how = "k-means assignments" if method == "kmeans" else "random assignments"
     found = guessed_together(problem, pooled, method, seeds, only)
-    sought = frozenset(problem.free) if only is None else only
+    sought = tuple(sorted(problem.free if only is None else only))
     return [
         Start(params, f"{how} (seed {seed}) and one M-step", sought=sought)
         for params, seed in zip(found, seeds, strict=True)
@@ -222,7 +222,7 @@ def _given(problem: Problem, given: Mapping[str, Any], seed: int) -> Start:
         return Start(program, "the values given")
     if _telling(problem, values)[1]:
         how = "the values given, the rest found around them"
-        return Start(_around(problem, program, rest), how, sought=rest)
+        return Start(_around(problem, program, rest), how, sought=tuple(sorted(rest)))
     pooled = from_evidence(problem, program, {}, None, rest)
     (start,) = _guesses(problem, pooled, "kmeans", [seed], rest)
     return replace(start, how=f"the values given, the rest from {start.how}")
@@ -275,7 +275,11 @@ def _auto(
         rest = frozenset(problem.free) - frozenset(explicit)
         how = "the program's own values, which differ by state; the rest found around them"
         groups.append(
-            lambda: [Start(problem.clip(_around(problem, program, rest)), how, sought=rest)]
+            lambda: [
+                Start(
+                    problem.clip(_around(problem, program, rest)), how, sought=tuple(sorted(rest))
+                )
+            ]
         )
     kept = telling if not groups and not apart else set()
     wanted = max(count - len(groups), 1)
