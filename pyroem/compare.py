@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -199,14 +199,19 @@ def compare(
                     show = Progress("", any(s.progress for s in chosen.values()))
                     common = list(islice(starts(problem, init, restarts, seed, show), restarts))
                     show.close()
+                own = [replace(s, params=_cast(s.params, solver.dtype)) for s in common]
                 with suppress(ModelError, torch.linalg.LinAlgError):  # the run itself will say so
-                    solver.begin(problem, common[0].params)  # what is made once is not on the clock
-                fits[name] = solver.solve(problem, common, restarts)
+                    solver.begin(problem, own[0].params)  # what is made once is not on the clock
+                fits[name] = solver.solve(problem, own, restarts)
             if fits[name].status is Status.INTERRUPTED or pressed():
                 break
     best = max(fits, key=lambda name: rank(fits[name].status, fits[name].log_joint))
     rows = [_row(name, fit, fits[best]) for name, fit in fits.items()]
     return Comparison(rows, fits, best, tuple(name for name in chosen if name not in fits))
+
+
+def _cast(params: Params, dtype: torch.dtype) -> Params:
+    return {name: value.to(dtype) for name, value in params.items()}
 
 
 def _row(name: str, fit: Fit, best: Fit) -> Row:

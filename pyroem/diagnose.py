@@ -87,7 +87,8 @@ def _counts(problem: Problem, z: str, expected: Expected, num_states: int) -> Te
         and problem.plan.reading.sites[z].family.event_dims[0] == 1
     ):
         return values[0].reshape(-1, num_states).sum(0)
-    return torch.stack([values[1].sum(), values[0].sum()])  # failures, successes
+    successes, all_rows = values[0].sum(), expected.statistics[z].weight.sum()
+    return torch.stack([all_rows - successes, successes])
 
 
 def _where(name: str, flags: Tensor) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from pyroem._pyro import as_data, isolated
 from pyroem.blocks import blocks, is_source
@@ -154,6 +155,11 @@ def pose(
                 raise SettingError("engine='trace': data in blocks needs the kernel.")
             rest = as_data(args[1:], dtype), as_data(dict(kwargs), dtype)
             return _pose_blocks(model, args[0], rest, dtype, fixed, floor, weights, device)
+        if any(isinstance(x, Iterator) for x in (*args, *kwargs.values())):
+            raise DataError(
+                "The data is an iterator, which can be read once only. Give the rows themselves, or"
+                " a function that makes the iterator anew: pyroem.blocks(lambda: ...)."
+            )
         data = as_data(args, dtype), as_data(dict(kwargs), dtype)
         if engine != "trace" and leading_size(data) >= LARGE:
             large = _pose_large(model, *data, dtype, fixed, floor, weights, SAMPLE, device)
@@ -261,22 +267,17 @@ def _pose_blocks(
     size, states = SAMPLE, 0
     while True:
         rows, data, own = sampled(given, rest, size, dtype, row_weights)
+        if rows > size and any(_is_row_wise(x, rows) for x in tree_leaves(rest)):
+            raise DataError(
+                f"Data in blocks: an argument beside the blocks has {rows} rows too. Put it into"
+                " the blocks: pyroem.blocks((x, y))."
+            )
         structure = read(model, *data, dtype=dtype)
         states = sum(structure.assignments.values())
         if PER_STATE * states <= size or size >= rows:
             break
         size = min(PER_STATE * states, rows)
-    some = leading_size(data[0])
-    if structure.unit_shape != (some,):
-        raise ModelError(
-            f"Data in blocks: expected a program with one plate of independent rows, of the size of"
-            f" the data ({some} rows in the sample that it was read on), got plates"
-            f" {', '.join(structure.unit) or 'none'} of sizes {structure.unit_shape}."
-        )
-    plan = make_plan(structure, fixed)
-    mixture = mixture_of(structure, plan)
-    if isinstance(mixture, str):
-        raise ModelError(f"Data in blocks needs a program with a kernel; here {mixture}.")
+    plan, mixture = plan_with_kernel(structure, fixed, leading_size(data[0]), "Data in blocks")
     whole = replace(structure, unit_shape=(rows,))
     if row_weights is not None:
         row_weights = check_weights(row_weights, whole)
@@ -285,6 +286,27 @@ def _pose_blocks(
     chunks = Streamed(structure, mixture, given, rest, rows, row_weights, device)
     engine = MixtureEngine(mixture, chunks)
     return replace(small, structure=whole, row_weights=row_weights, engine=engine, smaller=small)
+
+
+def plan_with_kernel(
+    structure: Structure, fixed: tuple[str, ...], rows: int, what: str
+) -> tuple[Plan, Mixture]:
+    """The plan and the kernel of a program that was read on ``rows`` rows; ``what`` needs it."""
+    if structure.unit_shape != (rows,):
+        raise ModelError(
+            f"{what}: expected a program with one plate of independent rows, of the size of the"
+            f" data ({rows} rows in the sample that it was read on), got plates"
+            f" {', '.join(structure.unit) or 'none'} of sizes {structure.unit_shape}."
+        )
+    plan = make_plan(structure, fixed)
+    mixture = mixture_of(structure, plan)
+    if isinstance(mixture, str):
+        raise ModelError(f"{what}: expected a program with a kernel; here {mixture}.")
+    return plan, mixture
+
+
+def _is_row_wise(x: Any, rows: int) -> bool:
+    return isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == rows
 
 
 def check_weights(weights: Any, structure: Structure) -> Tensor:

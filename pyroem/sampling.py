@@ -15,12 +15,12 @@ def leading_size(data: Any) -> int:
     return max(sizes, default=0)
 
 
-def take(data: Any, index: Tensor | slice, rows: int) -> Any:
+def take(data: Any, index: Tensor, rows: int) -> Any:
     """``data`` with the rows ``index`` of every tensor whose first dim is ``rows``."""
 
     def cut(x: Any) -> Any:
         if isinstance(x, Tensor) and x.dim() and x.shape[0] == rows:
-            return x[index.to(x.device) if isinstance(index, Tensor) else index]
+            return x[index.to(x.device)]
         return x
 
     return tree_map(cut, data)

@@ -17,9 +17,16 @@ from pyroem.distributed import DistributedEngine, Ranks, digest, flatten
 from pyroem.errors import DataError, ModelError
 from pyroem.estep.engine import MixtureEngine
 from pyroem.estep.kernel import Rows
-from pyroem.estep.mixture import Mixture, mixture_of
-from pyroem.mstep.plan import make_plan
-from pyroem.problem import LARGE, PER_STATE, SAMPLE, Problem, check_weights, problem_of
+from pyroem.estep.mixture import Mixture
+from pyroem.problem import (
+    LARGE,
+    PER_STATE,
+    SAMPLE,
+    Problem,
+    check_weights,
+    plan_with_kernel,
+    problem_of,
+)
 from pyroem.reading import read
 from pyroem.sampling import leading_size, sample_rows
 from pyroem.streaming import Streamed, sampled
@@ -276,19 +283,8 @@ def pose_shared(
         problems: list[Problem] = []
 
         def made() -> tuple[str, float]:
-            if structure.unit_shape != (starts[-1],):
-                raise ModelError(
-                    "Over several processes: expected a program with one plate of independent rows,"
-                    f" of the size of the data ({starts[-1]} rows in the sample that it was read"
-                    f" on), got plates {', '.join(structure.unit) or 'none'} of sizes"
-                    f" {structure.unit_shape}."
-                )
-            plan = make_plan(structure, fixed)
-            mixture = mixture_of(structure, plan)
-            if isinstance(mixture, str):
-                raise ModelError(
-                    f"Over several processes a program needs a kernel; here {mixture}."
-                )
+            what = "A fit over several processes"
+            plan, mixture = plan_with_kernel(structure, fixed, starts[-1], what)
             nodes = plan.reading.traces[0].trace.nodes
             small = problem_of(structure, plan, own, floor, mixture, nodes)
             # What stands outside the rows is counted once: by each process that has rows in part.

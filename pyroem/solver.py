@@ -12,27 +12,21 @@ from typing import Any, ClassVar
 import torch
 
 from pyroem._pyro import isolated
-from pyroem.checkpoint import Journal, check_path, identity, read
-from pyroem.diagnose import MARGIN, collapsed, dead, slope
+from pyroem.checkpoint import Journal, identity
 from pyroem.distributed import Ranks, ranks_of, together
 from pyroem.errors import ModelError, SettingError
 from pyroem.fit import Fit
-from pyroem.guesses import escape
 from pyroem.interrupt import deferred, pause_point, pressed
-from pyroem.loop import Outcome, Restart, Rule, State, Status, iterate, rank, steepest
-from pyroem.mstep.plan import Rung
+from pyroem.loop import Outcome, Restart, Rule, State, Status, iterate, rank
 from pyroem.problem import ENGINES, Problem, pose
 from pyroem.progress import Progress
 from pyroem.shards import pose_shared
 from pyroem.starts import Start, starts
+from pyroem.stored import check_path, read
 from pyroem.structure import Params
-from pyroem.symmetry import coinciding
 from pyroem.threads import threads_for
 from pyroem.together import iterate_together
-
-SADDLE = 1e-5  # nats a row that moving states apart gains at a saddle
-ALIKE = 1e-2  # nats; two states are alike where no log-probability differs by more
-
+from pyroem.verdict import judge
 
 SETTINGS = """
     Settings of every solver
@@ -372,7 +366,7 @@ class Solver:
             if best in judged:
                 break
             judged.add(best)
-            runs[best] = (runs[best][0], _judge(problem, self, *runs[best]))
+            runs[best] = (runs[best][0], judge(problem, self, *runs[best]))
         show.end(f"best: {_ending(runs[best][1])}")
         journal.batch_ended([outcome for _, outcome in runs])
         return runs
@@ -394,7 +388,7 @@ class Solver:
                 course=journal.course(number),
                 keep=journal.keep(number),
             )
-            judged = _judge(problem, self, start, outcome)
+            judged = judge(problem, self, start, outcome)
         show.end(_ending(judged))
         journal.ended(number, outcome.status, judged)
         return judged
@@ -417,47 +411,6 @@ def _agreed(ranks: Ranks, chosen: Iterable[Start]) -> Iterator[Start]:
 
 def _rank(run: Outcome) -> tuple[bool, bool, float]:
     return rank(run.status, run.state.log_joint)
-
-
-def _judge(problem: Problem, solver: Solver, start: Start, outcome: Outcome) -> Outcome:
-    """Look at where a run ended: collapse and symmetry overrule convergence."""
-    params = outcome.state.params
-    failed = outcome.status in (Status.NON_FINITE, Status.DECREASED)
-    # Close to the floor rounding may lower the objective: that is the collapse, not a defect.
-    problems = collapsed(problem, params, 1e4 if failed else MARGIN)
-    if not failed:
-        problems += dead(problem, problem.e_step(params)[0])
-    if outcome.status is Status.INTERRUPTED:
-        return replace(outcome, message="; ".join(problems))
-    if problems:
-        message = "; ".join([*problems, *([outcome.message] if outcome.message else [])])
-        return replace(outcome, status=Status.DEGENERATE, message=message)
-    if failed:
-        return outcome
-    small = problem.sample
-    structure, plan = small.structure, small.plan
-    alike = coinciding(structure, plan, params, ALIKE)
-    for z, pairs in coinciding(structure, plan, start.params).items():
-        stuck = [pair for pair in pairs if pair in alike.get(z, [])]
-        if stuck:
-            message = f"states {stuck[0][0]} and {stuck[0][1]} of '{z}' started alike and stayed so"
-            return replace(outcome, status=Status.SYMMETRIC, message=message)
-    numeric = plan.on(Rung.ON_STATISTICS) or plan.on(Rung.GRADIENT)
-    if outcome.status is Status.CONVERGED and numeric and solver.monotone:
-        steep = slope(problem, params)
-        if steep > steepest(problem, outcome.state, solver.tol):
-            message = f"the gradient per row is still {steep:.2g}"
-            return replace(outcome, status=Status.STALLED, message=message)
-    if alike and not outcome.message:
-        z, pairs = next(iter(alike.items()))
-        message = f"states {pairs[0][0]} and {pairs[0][1]} of '{z}' ended alike"
-        gain = escape(small, params) - float(sum(small.log_joint(params)))
-        if gain > SADDLE * small.rows:
-            gain *= problem.rows / small.rows
-            message += f"; moving them apart raises the objective by about {gain:.3g}"
-            return replace(outcome, status=Status.SYMMETRIC, message=message)
-        return replace(outcome, message=f"{message}: fewer states may do")
-    return outcome
 
 
 def _finish(

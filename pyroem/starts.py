@@ -283,7 +283,15 @@ def _auto(
         )
     kept = telling if not groups and not apart else set()
     wanted = max(count - len(groups), 1)
-    return [*groups, lambda: _race(problem, program, wanted, seed, report, kept)]
+
+    def race() -> list[Start]:
+        with threads_for(problem.engine.work * 2 * _extent(problem)[0]):
+            try:
+                return _race(problem, program, wanted, seed, report, kept)
+            finally:
+                report("")
+
+    return [*groups, race]
 
 
 def _race(
@@ -299,21 +307,6 @@ def _race(
     k-means and random guesses race apart: random ones climb fast, and often into a collapse. The
     guesses take over the program's values of the parameters ``kept``.
     """
-    with threads_for(problem.engine.work * 2 * _extent(problem)[0]):
-        try:
-            return _raced(problem, program, count, seed, report, kept)
-        finally:
-            report("")
-
-
-def _raced(
-    problem: Problem,
-    program: Params,
-    count: int,
-    seed: int,
-    report: Callable[[str], None],
-    kept: set[str],
-) -> list[Start]:
     (tries, laps), clock = _extent(problem), time.perf_counter()
     only = frozenset(problem.free) - kept if kept else None
     pooled = from_evidence(problem, placed(problem, program), {}, None, only)

@@ -169,6 +169,10 @@ def test_what_cannot_be_read_in_blocks() -> None:
             EM(max_iter=3).fit(model, data)
     with pytest.raises(SettingError, match="can be read once only"):
         blocks(once)
+    with pytest.raises(DataError, match="can be read once only"):
+        EM().fit(mixture, once)
+    with pytest.raises(DataError, match="beside the blocks has 3000 rows too"):
+        EM().fit(lambda x, y: mixture(x + y), blocks(SMALL.repeat(3, 1)), torch.zeros(3000, 1))
     with pytest.raises(SettingError, match="data in blocks needs the kernel"):
         EM(engine="trace").fit(mixture, blocks(SMALL))
     with pytest.raises(SettingError, match="rows must be a positive integer"):

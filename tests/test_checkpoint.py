@@ -28,6 +28,7 @@ import pyroem.checkpoint
 import pyroem.loop
 import pyroem.progress
 import pyroem.starts
+import pyroem.stored
 import pyroem.together
 from pyroem import EM, MAP, Fit, SettingError, Status, StepwiseEM
 from pyroem.loop import State
@@ -258,7 +259,7 @@ def test_the_search_for_starts_is_not_repeated(
 def test_starts_in_reserve_are_stored(
     cut: Callable[[int | None], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    inner = pyroem.solver._judge
+    inner = pyroem.solver.judge
 
     def judge(problem: Any, solver: Any, start: Any, outcome: Any) -> Any:
         judged = inner(problem, solver, start, outcome)
@@ -266,7 +267,7 @@ def test_starts_in_reserve_are_stored(
             return replace(judged, status=Status.DEGENERATE)
         return judged
 
-    monkeypatch.setattr(pyroem.solver, "_judge", judge)
+    monkeypatch.setattr(pyroem.solver, "judge", judge)
     solver = EM(max_iter=5)
     whole = solver.fit(two_assignments, data(60))
     assert len(whole.restarts) > 2
@@ -349,7 +350,7 @@ def test_a_killed_process(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], env=env)
     assert done.returncode == -signal.SIGKILL
     assert {p.name for p in tmp_path.iterdir()} == {"c", ".c.new"}
-    stored = pyroem.checkpoint.read(path)
+    stored = pyroem.stored.read(path)
     assert stored is not None and len(stored["runs"][0][0]["history"]) == 7
     back = EM(max_iter=30).fit(pair, data(), checkpoint=path)
     assert_same(EM(max_iter=30).fit(pair, data()), back)

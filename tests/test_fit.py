@@ -468,6 +468,15 @@ def test_interrupted() -> None:
     assert fit.log_joint == pytest.approx(fit.history[-1].log_joint)
 
 
+def test_solvers_of_two_dtypes_are_compared() -> None:
+    problem = BY_NAME["gaussian_mixture"]
+    solvers = {"double": EM(), "single": EM(dtype=torch.float32)}
+    for given in (problem.params, "kmeans"):
+        table = pyroem.compare(problem.model, *problem.data, solvers=solvers, init=given)
+        assert table.fits["single"].params["loc"].dtype == torch.float32
+        assert table.rows[1].parameter_difference < 1e-3
+
+
 def test_an_interrupt_ends_a_comparison() -> None:
     problem = BY_NAME["gaussian_mixture"]
     solvers = {"a": EM(max_iter=5), "b": Interrupted(), "c": EM()}
@@ -511,7 +520,7 @@ def test_a_collapse_calls_the_reserve(monkeypatch: pytest.MonkeyPatch) -> None:
     def judge(problem: Any, solver: Any, start: Any, outcome: Any) -> Any:
         return replace(outcome, status=next(verdicts))
 
-    monkeypatch.setattr(pyroem.solver, "_judge", judge)
+    monkeypatch.setattr(pyroem.solver, "judge", judge)
     fit = EM(max_iter=3).fit(random_locations, *problem.data)
     assert [r.status for r in fit.restarts] == [*[Status.DEGENERATE] * 2, Status.CONVERGED]
     assert fit.converged
@@ -623,7 +632,7 @@ RAYLEIGH_SCALE = Coordinate("scale", "scale", forms.SCALE, lambda s, w, args: (2
     "family, words",
     [
         (lambda: None, "no exponential family is registered for Rayleigh"),
-        (rayleigh_family, "on the expected statistics"),
+        (rayleigh_family, "its family has no Coordinate for it"),
         (lambda: rayleigh_family((RAYLEIGH_SCALE,)), "scale (2): closed form"),
     ],
     ids=["none", "on statistics", "closed form"],

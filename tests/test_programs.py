@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 import pyroem
-from pyroem import EM, MAP, DataError, Fit, ModelError, SettingError, Status
+from pyroem import EM, MAP, DataError, Fit, ModelError, SettingError, Status, families
 
 G = torch.Generator().manual_seed(0)
 PAIR = 4.0 * torch.randint(2, (60,), generator=G) + torch.randn(60, generator=G)
@@ -254,6 +254,38 @@ def test_a_parameter_is_conditioned_on() -> None:
     assert fit.converged and set(fit.params) == {"loc"}
     each = dist.Normal(fit.params["loc"], 1.0).log_prob(PAIR.double()[:, None]) - np.log(2)
     torch.testing.assert_close(fit.log_prob(), each.logsumexp(1))
+
+
+def test_reading_gathers_no_parameters_row_by_row() -> None:
+    """Assignments are drawn thin: a covariance matrix for each row would take all memory."""
+    x = torch.randn(1500, 3, generator=torch.Generator().manual_seed(0))
+    sizes = []
+
+    def model(x: Tensor) -> None:
+        loc = pyro.param("loc", torch.tensor([[-1.0] * 3, [1.0] * 3]))
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(2)))
+            sizes.append(loc[z].numel())
+            pyro.sample("x", dist.MultivariateNormal(loc[z], torch.eye(3)), obs=x)
+
+    fit = EM(max_iter=3).fit(model, x)
+    assert max(sizes) == 2 * 3
+    assert len(fit.sample()["z"].unique()) == 2  # a draw has a state for each row
+    assert sizes[-1] == 1500 * 3
+
+
+def test_probabilities_close_to_one_keep_their_digits() -> None:
+    """The kernel's log-probability of a Bernoulli is the program's, however sure it is."""
+    logits = torch.tensor([-60.0, -30.0, -20.5, 0.0, 19.5, 20.5, 30.0, 60.0], dtype=torch.float64)
+    x = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+    family = families.family_of(dist.Bernoulli(logits=logits))
+    assert family is not None
+    one = torch.ones((), dtype=torch.float64)
+    found = family.log_density({"logits": logits}, (x,), one)
+    (eta,), normaliser = families.natural_parameters(family, {"logits": logits}, (x,))
+    exact = dist.Bernoulli(logits=logits).log_prob(x)
+    torch.testing.assert_close(found, exact, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(eta * x - normaliser, exact, rtol=1e-14, atol=1e-14)
 
 
 def test_a_mask_of_true_changes_nothing() -> None:

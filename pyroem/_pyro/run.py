@@ -23,6 +23,8 @@ from torch.utils._pytree import tree_map
 
 from pyroem.errors import DataError, ModelError, PyroemError
 
+MANY = 1000  # rows
+
 Values = Mapping[str, Tensor]
 Site = Any  # a node of a Pyro trace
 
@@ -187,8 +189,14 @@ class _Substitute(Messenger):
 
     def _pyro_post_sample(self, msg: Any) -> None:
         value = msg["value"]
-        if isinstance(value, Tensor) and value.is_floating_point():
-            msg["value"] = value.to(self.dtype)
+        if not isinstance(value, Tensor):
+            return
+        if value.is_floating_point():
+            value = value.to(self.dtype)
+        drawn = not msg["is_observed"] and msg["name"] not in self.values
+        if drawn and self.observed and not self.enumerate and msg["fn"].has_enumerate_support:
+            value = _one_row(value, msg)
+        msg["value"] = value
 
     def _pyro_param(self, msg: Any) -> None:
         # Values never go through the parameter store: it would keep them, and it cannot be used
@@ -215,6 +223,19 @@ class _Substitute(Messenger):
     def _pyro_post_param(self, msg: Any) -> None:
         if not isinstance(msg["value"], torch.nn.Parameter):
             msg["value"] = msg["value"].to(self.dtype)
+
+
+def _one_row(value: Tensor, site: Site) -> Tensor:
+    """An assignment as its enumeration shapes it: of size one along plates with many rows.
+
+    To gather parameters for each of them (a covariance matrix, say) takes long, and nothing needs
+    it but the mistake of a program that works for one state only; a few rows show that too.
+    """
+    events = len(site["fn"].event_shape)
+    for frame in plate_frames(site):
+        if frame.vectorized and frame.size > MANY and value.dim() >= events - frame.dim:
+            value = value.narrow(frame.dim - events, 0, 1)
+    return value
 
 
 @dataclass(frozen=True)

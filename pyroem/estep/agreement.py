@@ -8,7 +8,7 @@ from torch import Tensor
 from pyroem._pyro import Enumerated
 from pyroem.errors import ModelError
 from pyroem.estep.kernel import IMPOSSIBLE, Rows
-from pyroem.estep.layout import Layout
+from pyroem.estep.layout import Layout, finite
 from pyroem.mstep.sites import pad
 from pyroem.mstep.update import Run
 
@@ -49,7 +49,7 @@ def _by_kernel(rows: Rows, layout: Layout, run: Run, stop: int) -> tuple[Tensor,
     column = rows.columns[site.name]
     pieces, mask = column.block(0, stop)
     count = mask if mask is not None else torch.full((layout.num_features, 1), layout.repeats)
-    terms = [(-normaliser, count.to(normaliser)), *zip(etas, pieces, strict=True)]
+    terms = [(-normaliser, count.to(normaliser)), *zip(map(finite, etas), pieces, strict=True)]
     total = sum((eta @ piece for eta, piece in terms), torch.zeros(()))
     size = sum((eta.abs() @ piece.abs() for eta, piece in terms), torch.zeros(()))
     if column.has_measure:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyroem._pyro import unwrap
 from pyroem.estep.columns import Columns
-from pyroem.estep.layout import Layout
+from pyroem.estep.layout import Layout, finite
 from pyroem.estep.mixture import Group, Mixture
 from pyroem.mstep.sites import pad
 from pyroem.mstep.update import Expected, Run
@@ -56,6 +56,7 @@ class Rows:
         self.size = max(64, numbers // (features + 2 * mixture.num_states))
         self.cached: list[list[list[Tensor]]] | None = None
         if features * self.num_rows <= cache:
+            self.size = max(64, numbers // (2 * mixture.num_states))
             self.cached = [
                 [[torch.cat(self._made(b, 0, self.num_rows))] for _, b in g.observed]
                 for g in mixture.groups
@@ -137,9 +138,8 @@ def coefficients(mixture: Mixture, params: Params, stacked: bool) -> Coefficient
     run = Run(mixture.plan, params)
     bases, naturals = [], []
     for group in mixture.groups:
-        base = group.zero
-        for assigned in group.assigned:
-            base = base + assigned.log_prior(run.centred(assigned.site))
+        priors = [assigned.log_prior(run.centred(assigned.site)) for assigned in group.assigned]
+        base = sum(priors[1:], priors[0]) if priors else group.zero
         parts = []
         for axes, layouts in group.observed:
             etas: list[Tensor] = []
@@ -149,10 +149,12 @@ def coefficients(mixture: Mixture, params: Params, stacked: bool) -> Coefficient
                 etas += found
                 if site.mask is None:
                     total = normaliser.sum(1) if layout.num_features > 1 else normaliser
-                    base = base - group.spread((total * layout.repeats).reshape(-1), axes)
+                    total = total if layout.repeats == 1 else total * layout.repeats
+                    base = base - group.spread(total.reshape(-1), axes)
                 else:
                     etas.append(-normaliser)
-            parts.append([torch.cat(etas, 1)] if stacked else etas)
+            etas = [torch.cat(etas, 1)] if stacked else etas
+            parts.append([finite(eta) for eta in etas])
         bases.append(base.expand(group.sizes).reshape(-1, 1))
         naturals.append(tuple(parts))
     return Coefficients(tuple(bases), tuple(naturals))
@@ -193,33 +195,34 @@ def expect(mixture: Mixture, chunks: Iterable[Rows], params: Params) -> Expected
     """The E-step: the log-likelihood and the expected statistics of every site."""
     found: dict[bool, Coefficients] = {}
     totals = [_Totals() for _ in mixture.groups]
-    likelihood: Tensor | float = 0.0
-    measure = 0.0
+    likelihoods: list[Tensor] = []
+    measured = 0.0
     for rows in chunks:
         stacked = rows.cached is not None
         if stacked not in found:
             found[stacked] = coefficients(mixture, params, stacked).to(rows.device)
-        likelihood = likelihood + _add(mixture, rows, found[stacked], totals)
-        measure += rows.measure
-    value = _home(torch.as_tensor(likelihood), totals) + measure
+        likelihoods += _add(mixture, rows, found[stacked], totals)
+        measured += rows.measure
+    likelihood = torch.zeros(()) if not likelihoods else likelihoods[0]
+    if len(likelihoods) > 1:
+        likelihood = torch.stack(likelihoods).sum(0)
+    value = _home(likelihood, totals) + measured
     statistics: dict[str, SiteStatistics] = {}
     for group, total in zip(mixture.groups, totals, strict=True):
         statistics.update(total.statistics(group, mixture.plan.structure.program.dtype))
     run = Run(mixture.plan, params)
-    for site, own, measure in mixture.outside:
+    for site, own, outside in mixture.outside:
         statistics[site.name] = own
-        value = value + site.expected_log_density(run.arguments(site), own) + measure
+        value = value + site.expected_log_density(run.arguments(site), own) + outside
     if mixture.scale != 1.0:
         statistics = {name: s.scaled(mixture.scale) for name, s in statistics.items()}
         value = value * mixture.scale
     return Expected(torch.where(value < IMPOSSIBLE, -torch.inf, value), statistics, {})
 
 
-def _add(
-    mixture: Mixture, rows: Rows, found: Coefficients, totals: list[_Totals]
-) -> Tensor | float:
-    """Add the statistics of all blocks to ``totals``; returns the log-likelihood."""
-    likelihood: Tensor | float = 0.0
+def _add(mixture: Mixture, rows: Rows, found: Coefficients, totals: list[_Totals]) -> list[Tensor]:
+    """Add the statistics of all blocks to ``totals``; returns the log-likelihood of each."""
+    likelihoods = []
     for start, stop in rows.blocks():
         weights = None if rows.weights is None else rows.weights[start:stop]
         for g, group in enumerate(mixture.groups):
@@ -229,9 +232,9 @@ def _add(
                 joint if mixture.copies is None else joint.view(mixture.copies, -1, stop - start)
             )
             by_row = normalise(copies, weights)
-            likelihood = likelihood + _sum(by_row, weights)
+            likelihoods.append(_sum(by_row, weights))
             totals[g].add(group, joint, phi)
-    return likelihood
+    return likelihoods
 
 
 def expect_given(mixture: Mixture, rows: Rows, posteriors: Sequence[Tensor]) -> Expected:
@@ -313,7 +316,10 @@ class _Totals:
             pieces = iter(_unstacked(layouts, sums))
             for layout in layouts:
                 found = [next(pieces) for _ in layout.widths]
-                own = weight * layout.repeats if layout.site.mask is None else next(pieces)
+                if layout.site.mask is not None:
+                    own = next(pieces)
+                else:
+                    own = weight if layout.repeats == 1 else weight * layout.repeats
                 result[layout.site.name] = layout.statistics(own, found)
         return result
 

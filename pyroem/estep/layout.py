@@ -19,7 +19,7 @@ from pyroem.families import Arguments, natural_parameters
 from pyroem.mstep.sites import SiteModel, pad
 from pyroem.statistics import SiteStatistics
 
-SMALLEST_LOG = {torch.float64: -1e300, torch.float32: -1e30}  # for log 0: times 0 it is 0
+SMALLEST_LOG = {torch.float64: -1e300, torch.float32: -1e30}
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,6 @@ class Layout:
                 i, j = torch.tril_indices(eta.shape[-1], eta.shape[-1], device=eta.device)
                 eta = eta[..., i, j] * torch.where(i == j, 1.0, 2.0).to(eta)
                 events = 1
-            eta = eta.clamp(min=SMALLEST_LOG[eta.dtype])
             etas.append(self._matrix(eta, events))
         return etas, self._matrix(normaliser, 0)
 
@@ -198,6 +197,11 @@ class Layout:
         for d, _ in present:
             shape[d] = self.site.shape[d]
         return x.reshape((*shape, *event))
+
+
+def finite(eta: Tensor) -> Tensor:
+    """``eta`` with a finite number for the logarithm of zero: times a count of zero it is zero."""
+    return eta.clamp(min=SMALLEST_LOG[eta.dtype])
 
 
 def _size(sizes: Any) -> int:

@@ -37,7 +37,7 @@ def _normal_natural(args: Arguments) -> tuple[Statistics, Tensor]:
 def _squares(args: Arguments, s: Statistics, w: Tensor) -> Tensor:
     """``sum_n w_n (x_n - loc)^2``, kept from going negative by rounding."""
     loc = args["loc"]
-    return (s[1] - 2 * loc * s[0] + loc**2 * w).clamp(min=0)
+    return torch.addcmul(s[1], loc, torch.sub(loc * w, s[0], alpha=2)).clamp(min=0)
 
 
 def _scale_coefficients(s: Statistics, w: Tensor, args: Arguments) -> tuple[Tensor, Tensor]:
@@ -210,11 +210,17 @@ register_family(
 )
 
 
-# Bernoulli and Binomial: T(x) = (x, n - x).
+# Bernoulli: T(x) = x. Binomial: T(x) = (x, n - x), for n may differ by row.
 
 
-def _success_coefficients(s: Statistics, w: Tensor, args: Arguments) -> tuple[Tensor, Tensor]:
-    return s[0], s[1]
+def _softplus(x: Tensor) -> Tensor:
+    """``log(1 + exp(x))`` to the last digit: torch's own takes it for ``x`` from 20 on."""
+    return softplus(x, threshold=40)
+
+
+def _outcomes(s: Statistics, w: Tensor, args: Arguments) -> tuple[Tensor, Tensor]:
+    """Successes and failures."""
+    return s[0], (w - s[0]).clamp(min=0) if len(s) == 1 else s[1]
 
 
 _SUCCESS = (
@@ -222,22 +228,27 @@ _SUCCESS = (
         "probs",
         "logits",
         forms.PROBABILITY,
-        _success_coefficients,
+        _outcomes,
         torch.sigmoid,
         lambda p: probs_to_logits(p, is_binary=True),
     ),
-    Coordinate("logits", "logits", forms.LOGIT, _success_coefficients),
+    Coordinate("logits", "logits", forms.LOGIT, _outcomes),
 )
 
 
 def _binary_log_density(args: Arguments, s: Statistics, w: Tensor) -> Tensor:
     logits = args["logits"]
-    return -s[0] * softplus(-logits) - s[1] * softplus(logits) + 0 * w
+    successes, failures = (s[0], w - s[0]) if len(s) == 1 else s
+    return -successes * _softplus(-logits) - failures * _softplus(logits) + 0 * w
 
 
-def _binary_natural(args: Arguments) -> tuple[Statistics, Tensor]:
+def _bernoulli_natural(args: Arguments) -> tuple[Statistics, Tensor]:
+    return (args["logits"],), _softplus(args["logits"])
+
+
+def _binomial_natural(args: Arguments) -> tuple[Statistics, Tensor]:
     logits = args["logits"]
-    return (-softplus(-logits), -softplus(logits)), torch.zeros_like(logits)
+    return (-_softplus(-logits), -_softplus(logits)), torch.zeros_like(logits)
 
 
 def _choose(d: dist.Binomial, x: Tensor) -> Tensor:
@@ -249,11 +260,11 @@ register_family(
     dist.Bernoulli,
     Family(
         lambda d: {"logits": d.logits},
-        lambda d, x: (x, 1 - x),
+        lambda d, x: (x,),
         _binary_log_density,
-        natural=_binary_natural,
+        natural=_bernoulli_natural,
         base_measure=flat,
-        event_dims=(0, 0),
+        event_dims=(0,),
         coordinates=_SUCCESS,
     ),
 )
@@ -263,7 +274,7 @@ register_family(
         lambda d: {"logits": d.logits},
         lambda d, x: (x, d.total_count - x),
         _binary_log_density,
-        natural=_binary_natural,
+        natural=_binomial_natural,
         base_measure=_choose,
         event_dims=(0, 0),
         coordinates=_SUCCESS,

@@ -151,9 +151,12 @@ def _closed(
             if name not in argument.parameters:
                 continue
             if argument.selection is None:
-                return numeric(
-                    f"argument {argument.name} of site '{s}' is a function of it, not a selection"
-                )
+                family = reading.sites[s].family
+                if any(c.argument == argument.name for c in family.coordinates):
+                    why = "is a function of it, not a selection"
+                else:
+                    why = "has no closed form (its family has no Coordinate for it)"
+                return numeric(f"argument {argument.name} of site '{s}' {why}")
             cells = argument.selection.cells_of(name)
             uses.append(Use(reading.sites[s], argument.selection.coordinate, cells))
     if not uses:

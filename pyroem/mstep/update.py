@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -165,7 +166,7 @@ def closed_update(
         prior = _prior_coefficients(form, run.prior(block.name), old)
         totals = tuple(t + p.reshape(t.shape) for t, p in zip(totals, prior, strict=True))
     value = form.mode(*totals).reshape(old.shape)
-    if not bool(value.isfinite().all()):
+    if not math.isfinite(value.sum()):
         value = torch.where(_finite_blocks(value, form.event_dim), value, old)
     coordinate = block.uses[0].coordinate
     if floor is not None and block.name in floor and coordinate.clip is not None:

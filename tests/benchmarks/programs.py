@@ -96,6 +96,14 @@ def item_rows(n: int, items: int, k: int) -> tuple[Tensor, Params]:
     return (torch.rand(n, items, **options) < probs[z]).double(), start
 
 
+# Mixtures whose states are apart, for a few passes over much data.
+APART: dict[str, tuple[Program, Callable[[int], tuple[Tensor, Params]]]] = {
+    "gaussian, K=2": (gaussian(2), lambda n: pair_rows(n, 4.0)),
+    "full covariance, D=4 K=5": (full_gaussian(5), lambda n: gaussian_rows(n, 4, 5)),
+    "full covariance, D=16 K=8": (full_gaussian(8), lambda n: gaussian_rows(n, 16, 8)),
+    "latent classes, 20 items K=5": (latent_classes(5), lambda n: item_rows(n, 20, 5)),
+}
+
 # Overlapping mixtures, on which EM creeps: a name, a program, and its rows and start.
 SLOW: dict[str, tuple[Program, Callable[[int], tuple[Tensor, Params]]]] = {
     "gaussian, K=2": (gaussian(2), lambda n: pair_rows(n, 2.0)),

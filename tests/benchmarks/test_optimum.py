@@ -11,8 +11,8 @@ from problems import PROBLEMS, Problem
 
 from benchmarks.harness import REPEATS, SCALE, exactly, ratio, scaled, seconds, show, spread
 from benchmarks.peers import svi_losses
-from benchmarks.programs import SLOW
-from pyroem import EM, MAP, Fit
+from benchmarks.programs import APART, SLOW
+from pyroem import EM, MAP, Fit, StepwiseEM
 from pyroem.loop import Record
 
 pytestmark = pytest.mark.benchmark
@@ -74,9 +74,8 @@ def test_against_pyro(problem: Problem) -> None:
 
 @pytest.mark.parametrize("name", SLOW)
 def test_acceleration(name: str) -> None:
-    known = any(field.name == "accelerate" for field in dataclasses.fields(EM))
-    kinds = (None, "squarem", "anderson") if known else (None,)
-    settings: list[dict[str, Any]] = [{"accelerate": kind} if known else {} for kind in kinds]
+    kinds = (None, "squarem", "anderson")
+    settings: list[dict[str, Any]] = [{"accelerate": kind} for kind in kinds]
     n, (program, rows) = scaled(5000), SLOW[name]
     x, start = rows(n)
     fits = [dataclasses.replace(THOROUGH, **s).fit(program, x, init=start) for s in settings]
@@ -98,5 +97,19 @@ def test_acceleration(name: str) -> None:
                 "ratio to none": ratio(own, times[0]),
             }
         )
-    if not known:
-        pytest.skip("this EM has no setting `accelerate`")
+
+
+@pytest.mark.parametrize("name", APART)
+def test_stepwise(name: str) -> None:
+    n, (program, rows) = scaled(200_000), APART[name]
+    x, _ = rows(n)
+    two = StepwiseEM().fit(program, x)
+    best = EM(tol=1e-10, max_iter=20_000, accelerate="anderson").fit(program, x, init=two)
+    plain = EM(tol=0, param_tol=0, max_iter=2).fit(program, x, init="random")
+    show(
+        {
+            "after two passes": f"{name}, N={n:,}",
+            "stepwise EM: below the optimum, a row": f"{(best.log_joint - two.log_joint) / n:.1e}",
+            "EM from random assignments": f"{(best.log_joint - plain.log_joint) / n:.1e}",
+        }
+    )

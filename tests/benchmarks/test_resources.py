@@ -59,6 +59,19 @@ def test_memory(columns: int, states: int) -> None:
     show({"memory": size, "data": f"{rows * columns * 8 / 1e6:,.0f} MB", **cells(found)})
 
 
+def test_file() -> None:
+    rows = scaled(20_000_000)
+    found = measure("file", 3, rows=rows, columns=8, states=4)
+    show(
+        {
+            "a file": f"N={rows:,} D=8 K=4",
+            "data": f"{found['data'] / 1e6:,.0f} MB",
+            "pyroem, iteration": seconds(found["lap"]),
+            "pyroem, most that is resident": f"{found['resident'] / 1e6:,.0f} MB",
+        }
+    )
+
+
 @pytest.mark.parametrize("axis", AXES)
 def test_growth(axis: str) -> None:
     pytest.importorskip("sklearn")

@@ -1,0 +1,72 @@
+"""The verdict on a run: collapse, symmetry and a slope that is left overrule convergence."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Protocol
+
+from pyroem.diagnose import MARGIN, collapsed, dead, slope
+from pyroem.guesses import escape
+from pyroem.loop import Outcome, Status, steepest
+from pyroem.mstep.plan import Rung
+from pyroem.problem import Problem
+from pyroem.starts import Start
+from pyroem.symmetry import coinciding
+
+SADDLE = 1e-5  # nats a row that moving states apart gains at a saddle
+ALIKE = 1e-2  # nats; two states are alike where no log-probability differs by more
+
+
+class Judged(Protocol):
+    """What the verdict needs of a solver."""
+
+    @property
+    def monotone(self) -> bool:
+        """Whether a step that lowers the objective is an error."""
+        ...
+
+    @property
+    def tol(self) -> float:
+        """The change of the objective, a row, at which a run stops."""
+        ...
+
+
+def judge(problem: Problem, solver: Judged, start: Start, outcome: Outcome) -> Outcome:
+    """Look at where a run ended: collapse and symmetry overrule convergence."""
+    params = outcome.state.params
+    failed = outcome.status in (Status.NON_FINITE, Status.DECREASED)
+    # Close to the floor rounding may lower the objective: that is the collapse, not a defect.
+    problems = collapsed(problem, params, 1e4 if failed else MARGIN)
+    if not failed:
+        problems += dead(problem, problem.e_step(params)[0])
+    if outcome.status is Status.INTERRUPTED:
+        return replace(outcome, message="; ".join(problems))
+    if problems:
+        message = "; ".join([*problems, *([outcome.message] if outcome.message else [])])
+        return replace(outcome, status=Status.DEGENERATE, message=message)
+    if failed:
+        return outcome
+    small = problem.sample
+    structure, plan = small.structure, small.plan
+    alike = coinciding(structure, plan, params, ALIKE)
+    for z, pairs in coinciding(structure, plan, start.params).items():
+        stuck = [pair for pair in pairs if pair in alike.get(z, [])]
+        if stuck:
+            message = f"states {stuck[0][0]} and {stuck[0][1]} of '{z}' started alike and stayed so"
+            return replace(outcome, status=Status.SYMMETRIC, message=message)
+    numeric = plan.on(Rung.ON_STATISTICS) or plan.on(Rung.GRADIENT)
+    if outcome.status is Status.CONVERGED and numeric and solver.monotone:
+        steep = slope(problem, params)
+        if steep > steepest(problem, outcome.state, solver.tol):
+            message = f"the gradient per row is still {steep:.2g}"
+            return replace(outcome, status=Status.STALLED, message=message)
+    if alike and not outcome.message:
+        z, pairs = next(iter(alike.items()))
+        message = f"states {pairs[0][0]} and {pairs[0][1]} of '{z}' ended alike"
+        gain = escape(small, params) - float(sum(small.log_joint(params)))
+        if gain > SADDLE * small.rows:
+            gain *= problem.rows / small.rows
+            message += f"; moving them apart raises the objective by about {gain:.3g}"
+            return replace(outcome, status=Status.SYMMETRIC, message=message)
+        return replace(outcome, message=f"{message}: fewer states may do")
+    return outcome
