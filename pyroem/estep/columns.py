@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,25 @@ from torch import Tensor
 from pyroem.estep.layout import Layout
 from pyroem.families import flat
 from pyroem.mstep.sites import pad
+
+
+class Scratch:
+    """Memory that one block of a pass after another uses.
+
+    To get it anew for each would cost as much as a matrix product: the system hands it out page by
+    page, and clears every page.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[Any, Tensor] = {}
+
+    def empty(self, key: Any, shape: Sequence[int], like: Tensor) -> Tensor:
+        """A tensor that is not filled in; the one that was got under ``key`` before is lost."""
+        size = torch.Size(shape).numel()
+        held = self._held.get(key)
+        if held is None or held.numel() < size:
+            held = self._held[key] = torch.empty(size, dtype=like.dtype, device=like.device)
+        return held[:size].view(*shape)
 
 
 class Columns:
@@ -47,7 +67,7 @@ class Columns:
             x = x if site.centre is None else x - site.centre
             self.kept = [
                 self._rows_last(pad(t, rank, e), e)
-                for t, e in zip(self._statistics(base, x), layout.event_dims, strict=True)
+                for t, e in zip(self._statistics(x, Scratch()), layout.event_dims, strict=True)
             ]
         measure = self.family.base_measure
         if measure is None or (not lazy and measure is not flat):
@@ -69,9 +89,10 @@ class Columns:
         """Whether the base measure is not zero throughout."""
         return self.family.base_measure is not flat
 
-    @property
-    def _statistics(self) -> Any:
-        return self.family.packed or self.family.statistics
+    def _statistics(self, x: Tensor, scratch: Scratch) -> tuple[Tensor, ...]:
+        if self.family.packed is None:
+            return self.family.statistics(self.base, x)
+        return self.family.packed(self.base, x, lambda s: scratch.empty((self, "packed"), s, x))
 
     def _rows_last(self, x: Tensor, events: int) -> Tensor:
         """The site's layout to (features, pooled, event, rows), the rows as one dim.
@@ -93,24 +114,25 @@ class Columns:
     def _cut(self, x: Tensor, start: int, stop: int) -> Tensor:
         return x[..., start:stop] if x.shape[-1] > 1 else x
 
-    def _points(self, start: int, stop: int, centre: Tensor | None) -> Tensor:
-        """A block of the data as (features, pooled, rows, event), the rows contiguous."""
-        x = self._cut(self.source, start, stop).to(self.dtype)
-        if centre is not None:
-            x = torch.sub(x, centre, out=torch.empty(x.shape, dtype=x.dtype, device=x.device))
-        return x.movedim(-1, len(self.inner))
+    def _points(self, start: int, stop: int) -> Tensor:
+        """A block of the data as (features, pooled, event, rows)."""
+        return self._cut(self.source, start, stop).to(self.dtype)
 
-    def block(self, start: int, stop: int) -> tuple[list[Tensor], Tensor | None]:
+    def block(
+        self, start: int, stop: int, scratch: Scratch | None = None
+    ) -> tuple[list[Tensor], Tensor | None]:
         """The statistics of rows ``start`` to ``stop`` and, where masked, the number of elements.
 
-        Matrices of (feature cells, event) by rows.
+        Matrices of (feature cells, event) by rows, which last until ``scratch`` is used again.
         """
         at, rows = len(self.inner), stop - start
         if self.kept is not None:
             found = [self._cut(t, start, stop) for t in self.kept]
         else:
-            points = self._points(start, stop, self.centre)
-            found = [t.movedim(at, -1) for t in self._statistics(self.base, points)]
+            x, scratch = self._points(start, stop), scratch or Scratch()
+            if self.centre is not None:  # also makes the rows contiguous
+                x = torch.sub(x, self.centre, out=scratch.empty((self, "points"), x.shape, x))
+            found = [t.movedim(at, -1) for t in self._statistics(x.movedim(-1, at), scratch)]
         mask = None if self.mask is None else self._cut(self.mask, start, stop)
         pieces = []
         for t in found:
@@ -131,7 +153,9 @@ class Columns:
         if self.measured is not None:
             return self.measured[start:stop]
         assert self.family.base_measure is not None
-        h = self.family.base_measure(self.base, self._points(start, stop, None))
+        h = self.family.base_measure(
+            self.base, self._points(start, stop).movedim(-1, len(self.inner))
+        )
         return self._per_row(h, start, stop)
 
     def _per_row(self, h: Tensor, start: int, stop: int) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyroem._pyro import unwrap
-from pyroem.estep.columns import Columns
+from pyroem.estep.columns import Columns, Scratch
 from pyroem.estep.layout import Layout, finite
 from pyroem.estep.mixture import Group, Mixture
 from pyroem.mstep.sites import pad
@@ -78,19 +78,26 @@ class Rows:
             part.total = float(part.span[1] - start if weights is None else weights.sum())
             yield part
 
-    def _made(self, layouts: Iterable[Layout], start: int, stop: int) -> list[Tensor]:
+    def _made(
+        self, layouts: Iterable[Layout], start: int, stop: int, scratch: Scratch | None = None
+    ) -> list[Tensor]:
         pieces: list[Tensor] = []
         for layout in layouts:
-            found, mask = self.columns[layout.site.name].block(start, stop)
+            found, mask = self.columns[layout.site.name].block(start, stop, scratch)
             pieces += found if mask is None else [*found, mask]
         return pieces
 
-    def phi(self, group: int, part: int, start: int, stop: int) -> list[Tensor]:
-        """The statistics of a block: matrices to be stacked, or all of them in one."""
+    def phi(self, group: int, start: int, stop: int, scratch: Scratch) -> list[list[Tensor]]:
+        """The statistics of a block, part by part: matrices to be stacked, or all in one.
+
+        They last until ``scratch`` is used for the next block.
+        """
         if self.cached is None:
-            return self._made(self.mixture.groups[group].observed[part][1], start, stop)
-        whole = self.cached[group][part]
-        return whole if stop - start == self.num_rows else [whole[0][:, start:stop]]
+            parts = self.mixture.groups[group].observed
+            return [self._made(layouts, start, stop, scratch) for _, layouts in parts]
+        if stop - start == self.num_rows:
+            return self.cached[group]
+        return [[whole[:, start:stop]] for (whole,) in self.cached[group]]
 
     def measure_of(self, start: int, stop: int) -> Tensor:
         """The base measure of a block's rows."""
@@ -161,13 +168,21 @@ def coefficients(mixture: Mixture, params: Params, stacked: bool) -> Coefficient
 
 
 def log_joint_states(
-    group: Group, base: Tensor, natural: tuple[list[Tensor], ...], phi: list[list[Tensor]], n: int
+    group: Group,
+    base: Tensor,
+    natural: tuple[list[Tensor], ...],
+    phi: list[list[Tensor]],
+    n: int,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """``L`` of ``n`` rows: the joint states by the rows, without the base measure."""
+    """``L`` of ``n`` rows: the joint states by the rows, without the base measure.
+
+    It may be made in ``out``.
+    """
     total: Tensor | None = None
     for (axes, _), etas, pieces in zip(group.observed, natural, phi, strict=True):
         whole = len(axes) == len(group.sizes)
-        own = torch.addmm(base, etas[0], pieces[0]) if whole else etas[0] @ pieces[0]
+        own = torch.addmm(base, etas[0], pieces[0], out=out) if whole else etas[0] @ pieces[0]
         for eta, piece in zip(etas[1:], pieces[1:], strict=True):
             own.addmm_(eta, piece)
         if whole:
@@ -222,12 +237,13 @@ def expect(mixture: Mixture, chunks: Iterable[Rows], params: Params) -> Expected
 
 def _add(mixture: Mixture, rows: Rows, found: Coefficients, totals: list[_Totals]) -> list[Tensor]:
     """Add the statistics of all blocks to ``totals``; returns the log-likelihood of each."""
-    likelihoods = []
+    likelihoods, scratch = [], Scratch()
     for start, stop in rows.blocks():
         weights = None if rows.weights is None else rows.weights[start:stop]
         for g, group in enumerate(mixture.groups):
-            phi = [rows.phi(g, part, start, stop) for part in range(len(group.observed))]
-            joint = log_joint_states(group, found.base[g], found.natural[g], phi, stop - start)
+            phi, base = rows.phi(g, start, stop, scratch), found.base[g]
+            out = scratch.empty(g, (len(base), stop - start), base)
+            joint = log_joint_states(group, base, found.natural[g], phi, stop - start, out)
             copies = (
                 joint if mixture.copies is None else joint.view(mixture.copies, -1, stop - start)
             )
@@ -244,9 +260,9 @@ def expect_given(mixture: Mixture, rows: Rows, posteriors: Sequence[Tensor]) -> 
     """
     statistics: dict[str, SiteStatistics] = {s.name: own for s, own, _ in mixture.outside}
     for g, (group, given) in enumerate(zip(mixture.groups, posteriors, strict=True)):
-        total = _Totals()
+        total, scratch = _Totals(), Scratch()
         for start, stop in rows.blocks():
-            phi = [rows.phi(g, part, start, stop) for part in range(len(group.observed))]
+            phi = rows.phi(g, start, stop, scratch)
             own = given[:, start:stop] if given.shape[1] > 1 else given.expand(-1, stop - start)
             own = own if rows.weights is None else own * rows.weights[start:stop]
             total.add(group, own.to(rows.device), phi)
@@ -338,12 +354,13 @@ def posteriors(
     """For each block the posterior of each group's joint states (states by rows), the rows'
     log-likelihoods and their weights.
     """
-    found = coefficients(mixture, params, rows.cached is not None).to(rows.device)
+    found, scratch = coefficients(mixture, params, rows.cached is not None), Scratch()
+    found = found.to(rows.device)
     for start, stop in rows.blocks():
         by_row = rows.measure_of(start, stop)
         joints = []
         for g, group in enumerate(mixture.groups):
-            phi = [rows.phi(g, part, start, stop) for part in range(len(group.observed))]
+            phi = rows.phi(g, start, stop, scratch)
             joint = log_joint_states(group, found.base[g], found.natural[g], phi, stop - start)
             by_row = by_row + normalise(joint, None)
             joints.append(joint)

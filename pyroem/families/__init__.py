@@ -10,7 +10,7 @@ so the expected log-density of weighted data is ``<eta, sum_n w_n T(x_n)> - (sum
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,8 +89,8 @@ class Family:
     base_measure
         ``(distribution, x) -> h(x)``. Without it, it is found by comparison with ``log_prob``.
     packed
-        ``(distribution, x) -> statistics`` with a symmetric matrix as the elements of its lower
-        triangle, row by row: half the work.
+        ``(distribution, x, empty) -> statistics`` with a symmetric matrix as the elements of its
+        lower triangle, row by row: half the work. ``empty(shape)`` gives memory for a result.
     """
 
     arguments: Callable[[Any], Arguments]
@@ -103,7 +103,7 @@ class Family:
     variance: Callable[[Arguments], Tensor] | None = None
     natural: Callable[[Arguments], tuple[Statistics, Tensor]] | None = None
     base_measure: Callable[[Any, Tensor], Tensor] | None = None
-    packed: Callable[[Any, Tensor], Statistics] | None = None
+    packed: Callable[[Any, Tensor, Callable[[Sequence[int]], Tensor]], Statistics] | None = None
 
     def dims(self, argument: str) -> int:
         """The number of event dims of ``argument``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from pyro import distributions as dist
@@ -63,6 +64,7 @@ register_family(
         _normal_log_density,
         natural=_normal_natural,
         base_measure=flat,
+        packed=lambda d, x, empty: (x, torch.square(x, out=empty(x.shape))),
         event_dims=(0, 0),
         location="loc",
         variance=lambda args: args["scale"] ** 2,
@@ -140,11 +142,11 @@ def _multivariate_natural(args: Arguments) -> tuple[Statistics, Tensor]:
     return (first, -0.5 * precision), normaliser
 
 
-def _lower_products(x: Tensor) -> Tensor:
+def _lower_products(x: Tensor, empty: Callable[[Sequence[int]], Tensor]) -> Tensor:
     """``x_i x_j`` for ``i >= j``, row by row; rows of data stay contiguous in memory."""
     columns = x.movedim(-1, 0)
     size = columns.shape[0]
-    result = torch.empty((size * (size + 1) // 2, *columns.shape[1:]), dtype=x.dtype).to(x.device)
+    result = empty((size * (size + 1) // 2, *columns.shape[1:]))
     at = 0
     for i in range(size):
         torch.mul(columns[i], columns[: i + 1], out=result[at : at + i + 1])
@@ -171,7 +173,7 @@ register_family(
         _multivariate_log_density,
         natural=_multivariate_natural,
         base_measure=flat,
-        packed=lambda d, x: (x, _lower_products(x)),
+        packed=lambda d, x, empty: (x, _lower_products(x, empty)),
         event_dims=(1, 2),
         argument_dims={"loc": 1, "scale_tril": 2},
         location="loc",
