@@ -137,12 +137,16 @@ class Rule:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of one run from one start."""
+    """The end of one run from one start.
+
+    ``parts`` are the log-likelihood and the log prior there, where they are known.
+    """
 
     state: State
     status: Status
     history: tuple[Record, ...]
     message: str = ""
+    parts: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,8 @@ class StepwiseEM(Solver):
     batch
         The number of rows of a mini-batch.
     power
-        Of the step sizes: above 0.5, at most 1. Larger forgets less.
+        Of the step sizes: above 0.5, at most 1. Larger averages over more mini-batches; smaller
+        leaves a poor start sooner.
     delay
         The mini-batches in which the steps stay large.
     max_iter
@@ -67,12 +68,13 @@ class StepwiseEM(Solver):
     """
 
     batch: int = 2000
-    power: float = 0.7
+    power: float = 0.9
     delay: float = 2.0
     max_iter: int = 2
 
     monotone = False
     exact = False
+    out_of_iterations = "its passes are done; EM().fit(..., init=fit) goes on from here"
     patience = 1
     memories = (_Running,)
 

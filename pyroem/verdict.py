@@ -26,6 +26,11 @@ class Judged(Protocol):
         ...
 
     @property
+    def out_of_iterations(self) -> str:
+        """What to say where the iterations ran out."""
+        ...
+
+    @property
     def tol(self) -> float:
         """The change of the objective, a row, at which a run stops."""
         ...
@@ -38,7 +43,9 @@ def judge(problem: Problem, solver: Judged, start: Start, outcome: Outcome) -> O
     # Close to the floor rounding may lower the objective: that is the collapse, not a defect.
     problems = collapsed(problem, params, 1e4 if failed else MARGIN)
     if not failed:
-        problems += dead(problem, problem.e_step(params)[0])
+        expected, log_prior = problem.e_step(params)
+        problems += dead(problem, expected)
+        outcome = replace(outcome, parts=(float(expected.log_likelihood), float(log_prior)))
     if outcome.status is Status.INTERRUPTED:
         return replace(outcome, message="; ".join(problems))
     if problems:
@@ -69,4 +76,6 @@ def judge(problem: Problem, solver: Judged, start: Start, outcome: Outcome) -> O
             message += f"; moving them apart raises the objective by about {gain:.3g}"
             return replace(outcome, status=Status.SYMMETRIC, message=message)
         return replace(outcome, message=f"{message}: fewer states may do")
+    if outcome.status is Status.MAX_ITER and not outcome.message:
+        return replace(outcome, message=solver.out_of_iterations)
     return outcome

@@ -99,16 +99,18 @@ def test_acceleration(name: str) -> None:
         )
 
 
-@pytest.mark.parametrize("name", APART)
-def test_stepwise(name: str) -> None:
-    n, (program, rows) = scaled(200_000), APART[name]
+@pytest.mark.parametrize("overlapping", [False, True], ids=["apart", "overlapping"])
+@pytest.mark.parametrize("number", range(4))
+def test_stepwise(number: int, overlapping: bool) -> None:
+    name, (program, rows) = list((SLOW if overlapping else APART).items())[number]
+    n = scaled(200_000)
     x, _ = rows(n)
     two = StepwiseEM().fit(program, x)
     best = EM(tol=1e-10, max_iter=20_000, accelerate="anderson").fit(program, x, init=two)
     plain = EM(tol=0, param_tol=0, max_iter=2).fit(program, x, init="random")
     show(
         {
-            "after two passes": f"{name}, N={n:,}",
+            "after two passes": f"{name}{', overlapping' if overlapping else ''}, N={n:,}",
             "stepwise EM: below the optimum, a row": f"{(best.log_joint - two.log_joint) / n:.1e}",
             "EM from random assignments": f"{(best.log_joint - plain.log_joint) / n:.1e}",
         }

@@ -17,7 +17,7 @@ SAME_RULE = EM(tol=TOL, param_tol=2)
 
 @pytest.mark.parametrize("peer", ["scikit-learn", "pomegranate", "Pyro SVI", "matrix products"])
 def test_full_covariance(peer: str) -> None:
-    n, d, k, times = scaled(200_000), 16, 16, 3
+    n, d, k, times = scaled(200_000), 16, 16, 5
     x, start = programs.gaussian_rows(n, d, k)
     program = programs.full_gaussian(k)
 
