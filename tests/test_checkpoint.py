@@ -11,6 +11,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +45,14 @@ def data(rows: int = 120) -> Tensor:
     return noise + 2.2 * (torch.arange(rows) % 2)
 
 
-def pair(x: Tensor) -> None:
+def pair(x: Tensor, kind: Any = dist.Normal) -> None:
     """Two states that overlap, and starts that have to be sought."""
     weights = pyro.param("weights", torch.ones(2) / 2, constraint=constraints.simplex)
     loc = pyro.param("loc", torch.zeros(2))
     scale = pyro.param("scale", torch.ones(2), constraint=constraints.positive)
     with pyro.plate("rows", len(x)):
         z = pyro.sample("z", dist.Categorical(weights))
-        pyro.sample("x", dist.Normal(loc[z], scale[z]), obs=x)
+        pyro.sample("x", kind(loc[z], scale[z]), obs=x)
 
 
 def two_assignments(x: Tensor) -> None:
@@ -405,13 +406,7 @@ def test_a_checkpoint_is_plain_data(tmp_path: Path) -> None:
     assert {"format", "fit", "starts", "runs", "batch", "point", "rng"} == set(content)
 
 
-def other(x: Tensor) -> None:
-    weights = pyro.param("weights", torch.ones(2) / 2, constraint=constraints.simplex)
-    loc = pyro.param("loc", torch.zeros(2))
-    scale = pyro.param("scale", torch.ones(2), constraint=constraints.positive)
-    with pyro.plate("rows", len(x)):
-        z = pyro.sample("z", dist.Categorical(weights))
-        pyro.sample("x", dist.Laplace(loc[z], scale[z]), obs=x)
+other = partial(pair, kind=dist.Laplace)
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import pyro
-import pyro.distributions as dist
 import pytest
 import torch
-from test_large import X, mixture, simulated
+from test_large import X, mixture, simulated, student
 from test_laws import KERNEL
-from torch import Tensor
 
 from pyroem import EM, MAP, SettingError, blocks
 from pyroem._pyro import isolated
@@ -62,12 +59,6 @@ def test_a_device_that_is_not_there() -> None:
 
 @cuda
 def test_a_device_needs_the_kernel() -> None:
-    def student(x: Tensor) -> None:
-        loc = pyro.param("loc", torch.tensor([-1.0, 1.0]))
-        with pyro.plate("rows", len(x)):
-            z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2))
-            pyro.sample("x", dist.StudentT(4.0, loc[z], 1.0), obs=x)
-
     with pytest.raises(SettingError, match="needs a program with a kernel"):
         EM(device="cuda").fit(student, X[:100, 0])
 

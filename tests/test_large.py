@@ -199,13 +199,15 @@ def test_one_row_one_state_and_many_states() -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-11, atol=0)
 
 
-def test_a_kernel_that_does_not_exist_is_refused() -> None:
-    def student(x: Tensor) -> None:
-        loc = pyro.param("loc", torch.tensor([-1.0, 1.0]))
-        with pyro.plate("rows", len(x)):
-            z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2))
-            pyro.sample("x", dist.StudentT(4.0, loc[z], 1.0), obs=x)
+def student(x: Tensor) -> None:
+    """A program without a kernel."""
+    loc = pyro.param("loc", torch.tensor([-1.0, 1.0]))
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2))
+        pyro.sample("x", dist.StudentT(4.0, loc[z], 1.0), obs=x)
 
+
+def test_a_kernel_that_does_not_exist_is_refused() -> None:
     with pytest.raises(pyroem.SettingError, match="no exponential family is known for site 'x'"):
         EM(engine="kernel").fit(student, X[:50, 0])
     with pytest.raises(pyroem.SettingError, match="engine must be one of auto, kernel, trace"):

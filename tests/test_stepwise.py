@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import pyro
-import pyro.distributions as dist
 import pytest
 import torch
-from test_large import X, masked, mixture, simulated, with_holes
-from torch import Tensor
+from test_large import X, masked, mixture, simulated, student, with_holes
 
 from pyroem import EM, ModelError, SettingError, Status, StepwiseEM, blocks
 
@@ -55,12 +52,6 @@ def test_weights_and_masks() -> None:
 
 
 def test_what_it_refuses() -> None:
-    def student(x: Tensor) -> None:
-        loc = pyro.param("loc", torch.tensor([-1.0, 1.0]))
-        with pyro.plate("rows", len(x)):
-            z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2))
-            pyro.sample("x", dist.StudentT(4.0, loc[z], 1.0), obs=x)
-
     with pytest.raises(ModelError, match="no exponential family is known for site 'x'"):
         StepwiseEM().fit(student, X[:100, 0])
     for settings, match in (
