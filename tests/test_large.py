@@ -17,6 +17,7 @@ import pyroem.batch
 from pyroem import EM, MAP
 from pyroem._pyro import isolated
 from pyroem.estep.engine import MixtureEngine, TraceEngine
+from pyroem.families import forms
 from pyroem.problem import LARGE, pose
 from pyroem.structure import Params
 
@@ -205,6 +206,28 @@ def student(x: Tensor) -> None:
     with pyro.plate("rows", len(x)):
         z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2))
         pyro.sample("x", dist.StudentT(4.0, loc[z], 1.0), obs=x)
+
+
+def test_many_columns_and_several_threads() -> None:
+    """Modes of batches of large matrices: some linear algebra goes wrong with several threads."""
+    x = torch.randn((3, 200, 160), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scatter, counts, sums = x.mT @ x, torch.full((3,), 200.0, dtype=torch.float64), x.sum(1)
+    tasks = [
+        (forms.VECTOR_LOCATION, sums),
+        (forms.COVARIANCE, counts),
+        (forms.PRECISION, counts),
+        (forms.SCALE_TRIL, counts),
+    ]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        found = [form.mode(first, scatter) for form, first in tasks]
+    finally:
+        torch.set_num_threads(before)
+    for (form, first), own in zip(tasks, found, strict=True):
+        alone = [form.mode(first[k], scatter[k]) for k in range(3)]
+        torch.testing.assert_close(own, torch.stack(alone))
+    torch.testing.assert_close((scatter @ found[0].unsqueeze(-1)).squeeze(-1), sums)
 
 
 def test_a_kernel_that_does_not_exist_is_refused() -> None:

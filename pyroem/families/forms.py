@@ -54,11 +54,16 @@ def _ratio(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _solve(b: Tensor, a: Tensor) -> Tensor:
-    """``A^-1 b``; NaN where ``A`` is zero."""
-    empty = (a == 0).all(-1).all(-1)
+    """``A^-1 b``; NaN where ``A`` is not positive definite.
+
+    Not by LU factors: from 150 columns on torch gets batches of them wrong, or hangs, where it has
+    several threads and MKL (2.5 to 2.13 at least: github.com/pytorch/pytorch/issues/141358).
+    """
+    good = _definite(a)
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
-    solution = torch.linalg.solve(torch.where(empty[..., None, None], eye, a), b.unsqueeze(-1))
-    return torch.where(empty[..., None], torch.nan, solution.squeeze(-1))
+    factor = torch.linalg.cholesky(torch.where(good[..., None, None], a, eye))
+    solution = torch.cholesky_solve(b.unsqueeze(-1), factor).squeeze(-1)
+    return torch.where(good[..., None], solution, torch.nan)
 
 
 def _zeros(x: Tensor) -> Tensor:
