@@ -79,7 +79,6 @@ def identity(solver: Any, problem: Problem, init: Any, restarts: int, seed: int)
     """What must be the same for a fit to go on, in words."""
     structure = problem.structure
     shapes = {n: p.shape for n, p in structure.parameters.items()}
-    given = getattr(init, "params", init)
     settings = {f.name: getattr(solver, f.name) for f in fields(solver) if f.name not in FREE}
     settings["fixed"] = sorted(settings["fixed"])  # a set has another order in each process
     return {
@@ -90,10 +89,16 @@ def identity(solver: Any, problem: Problem, init: Any, restarts: int, seed: int)
         "the observations": _words(structure.observations),
         "the number of rows": str(structure.num_rows),
         "the weight of all rows": f"{problem.rows:.12g}",
-        "init": _digest(given) if isinstance(given, Mapping) else _words(given),
+        "init": in_words(init),
         "restarts": str(restarts),
         "seed": str(seed),
     }
+
+
+def in_words(init: Any) -> str:
+    """A start that was asked for; values as a digest."""
+    given = getattr(init, "params", init)
+    return _digest(given) if isinstance(given, Mapping) else _words(given)
 
 
 def _words(value: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -162,7 +163,8 @@ def compare(
 ) -> Comparison:
     """Fit one program with several solvers, each from the same start (or starts).
 
-    Every fit is judged on the same ``log_joint``. Seconds and passes are those of the iterations
+    Every fit is judged on the same ``log_joint``, in the highest precision that any of the solvers
+    has. Seconds and passes are those of the iterations
     from the start on; reading the program and finding the start are shared and not counted. An
     interrupt (Ctrl-C) ends the comparison with the fits so far.
 
@@ -205,8 +207,12 @@ def compare(
                 fits[name] = solver.solve(problem, own, restarts)
             if fits[name].status is Status.INTERRUPTED or pressed():
                 break
-    best = max(fits, key=lambda name: rank(fits[name].status, fits[name].log_joint))
-    rows = [_row(name, fit, fits[best]) for name, fit in fits.items()]
+    widest = max(problems.values(), key=lambda p: torch.finfo(p.structure.program.dtype).bits)
+    values = {name: _value(fit, widest) for name, fit in fits.items()}
+    best = max(fits, key=lambda name: rank(fits[name].status, values[name][0]))
+    rows = [
+        _row(name, fit, fits[best], values[name], values[best][0]) for name, fit in fits.items()
+    ]
     return Comparison(rows, fits, best, tuple(name for name in chosen if name not in fits))
 
 
@@ -214,13 +220,25 @@ def _cast(params: Params, dtype: torch.dtype) -> Params:
     return {name: value.to(dtype) for name, value in params.items()}
 
 
-def _row(name: str, fit: Fit, best: Fit) -> Row:
+def _value(fit: Fit, problem: Problem) -> tuple[float, float]:
+    """The log-joint and the log-likelihood, in the precision of ``problem``."""
+    dtype = problem.structure.program.dtype
+    if fit.problem.structure.program.dtype == dtype:
+        return fit.log_joint, fit.log_likelihood
+    with isolated(dtype, 0), torch.no_grad():
+        try:
+            log_likelihood, log_prior = problem.log_joint(_cast(fit.params, dtype))
+        except (ModelError, torch.linalg.LinAlgError):
+            return math.nan, math.nan
+    return float(log_likelihood + log_prior), float(log_likelihood)
+
+
+def _row(name: str, fit: Fit, best: Fit, value: tuple[float, float], highest: float) -> Row:
     last = fit.history[-1]
     return Row(
         name,
-        fit.log_joint,
-        fit.log_likelihood,
-        best.log_joint - fit.log_joint,
+        *value,
+        highest - value[0],
         fit.n_iter,
         last.passes,
         last.seconds,

@@ -57,9 +57,9 @@ class Ranks:
             self._fail([told for told, _ in found], failure)
         return [value for _, value in found]
 
-    def check_same(self, settings: Mapping[str, Any]) -> None:
+    def check_same(self, settings: Callable[[], Mapping[str, Any]]) -> None:
         """Raise where ``settings`` differ between the processes."""
-        found = self.agree(lambda: {name: repr(value) for name, value in settings.items()})
+        found = self.agree(lambda: {name: repr(value) for name, value in settings().items()})
         for rank, own in enumerate(found):
             for name, value in own.items():
                 if value != found[0].get(name):

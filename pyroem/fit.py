@@ -209,7 +209,7 @@ class Fit:
 
         ``n`` rows are drawn by repeating the program over its own plates (covariates included) as
         often as needed; rows come in the first dim, then the other plates. Without ``n``, one draw
-        of everything, in Pyro's own layout.
+        of everything, in Pyro's own layout (of data in blocks: of the sample that was read).
         """
         structure = self.problem.structure if n is None else self.problem.sample.structure
         parts = {known_part(n): whole_of(n) for n in structure.imputed}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from inspect import isgeneratorfunction
 from typing import Any
 
 import torch
@@ -104,11 +105,16 @@ class Problem:
         None where the trace engine has to be asked: it was not the kernel that fitted, the new
         data is small, or the program makes something else of it than rows.
         """
+        dtype, structure = self.structure.program.dtype, self.sample.structure
+        if args and is_source(args[0]):
+            if self.kernel is None:
+                raise ModelError("Data in blocks needs a program with a kernel.")
+            rest = as_data(args[1:], dtype), as_data(dict(kwargs), dtype)
+            return Streamed(structure, self.kernel.mixture, blocks(args[0]), rest, None)
         if self.kernel is None:
             return None
         if not args and not kwargs:
             return self.kernel.chunks
-        dtype, structure = self.structure.program.dtype, self.sample.structure
         data = as_data(args, dtype), as_data(dict(kwargs), dtype)
         rows = leading_size(data)
         if rows < LARGE or len(structure.unit) != 1:
@@ -155,10 +161,11 @@ def pose(
                 raise SettingError("engine='trace': data in blocks needs the kernel.")
             rest = as_data(args[1:], dtype), as_data(dict(kwargs), dtype)
             return _pose_blocks(model, args[0], rest, dtype, fixed, floor, weights, device)
-        if any(isinstance(x, Iterator) for x in (*args, *kwargs.values())):
+        given = (*args, *kwargs.values())
+        if any(isinstance(x, Iterator) or isgeneratorfunction(x) for x in given):
             raise DataError(
                 "The data is an iterator, which can be read once only. Give the rows themselves, or"
-                " a function that makes the iterator anew: pyroem.blocks(lambda: ...)."
+                " a function that makes the iterator anew: pyroem.blocks(function)."
             )
         data = as_data(args, dtype), as_data(dict(kwargs), dtype)
         if engine != "trace" and leading_size(data) >= LARGE:
@@ -219,7 +226,7 @@ def _pose_large(
     row_weights = None
     try:
         if weights is not None:
-            row_weights = torch.as_tensor(weights).to(dtype)
+            row_weights = weights_of(weights, rows, dtype)
         index = sample_rows(rows, size, row_weights)
         few = take((args, kwargs), index, rows)
         structure = read(model, *few, dtype=dtype)
@@ -241,7 +248,9 @@ def _pose_large(
                 row_weights = check_weights(row_weights, whole)
             if isinstance(mixture, str) or not data.agrees(plan):
                 return None
+            total = float(rows if row_weights is None else row_weights.sum())
             own = None if row_weights is None else row_weights[index]
+            own = standing_for(own, len(index), total, dtype)
             small = problem_of(
                 structure, plan, own, floor, mixture, plan.reading.traces[0].trace.nodes
             )
@@ -263,7 +272,7 @@ def _pose_blocks(
 ) -> Problem:
     """The problem of data in blocks, read on a sample of the rows."""
     given = blocks(source)
-    row_weights = None if weights is None else torch.as_tensor(weights).to(dtype)
+    row_weights = None if weights is None else weights_of(weights, given.length, dtype)
     size, states = SAMPLE, 0
     while True:
         rows, data, own = sampled(given, rest, size, dtype, row_weights)
@@ -272,7 +281,11 @@ def _pose_blocks(
                 f"Data in blocks: an argument beside the blocks has {rows} rows too. Put it into"
                 " the blocks: pyroem.blocks((x, y))."
             )
-        structure = read(model, *data, dtype=dtype)
+        try:
+            structure = read(model, *data, dtype=dtype)
+        except DataError as error:
+            some = f"a sample of {leading_size(data[0])} of the {rows} rows"
+            raise DataError(f"Data in blocks, in {some}: {error}") from error
         states = sum(structure.assignments.values())
         if PER_STATE * states <= size or size >= rows:
             break
@@ -282,10 +295,42 @@ def _pose_blocks(
     if row_weights is not None:
         row_weights = check_weights(row_weights, whole)
     nodes = plan.reading.traces[0].trace.nodes
+    total = float(rows if row_weights is None else row_weights.sum())
+    own = standing_for(own, leading_size(data[0]), total, dtype)
     small = problem_of(structure, plan, own, floor, mixture, nodes)
     chunks = Streamed(structure, mixture, given, rest, rows, row_weights, device)
     engine = MixtureEngine(mixture, chunks)
     return replace(small, structure=whole, row_weights=row_weights, engine=engine, smaller=small)
+
+
+def _numbers(weights: Any, dtype: torch.dtype) -> Tensor:
+    try:
+        return torch.as_tensor(weights).to(dtype)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"weights: expected numbers, one for each row, got {type(weights).__name__}"
+            f" {weights!r:.80}."
+        ) from error
+
+
+def weights_of(weights: Any, rows: int | None, dtype: torch.dtype) -> Tensor:
+    """Row weights as a vector, of as many elements as there are rows (where that is known)."""
+    tensor = _numbers(weights, dtype)
+    if tensor.dim() != 1 or rows not in (None, len(tensor)):
+        size = "" if rows is None else f" ({rows},)"
+        raise DataError(
+            f"weights: expected one for each row{size}, got shape {tuple(tensor.shape)}."
+        )
+    return tensor
+
+
+def standing_for(weights: Tensor | None, rows: int, total: float, dtype: torch.dtype) -> Tensor:
+    """Weights of the ``rows`` of a sample, which together weigh as much as all rows: ``total``.
+
+    So a prior counts no more on the sample than on all data.
+    """
+    own = torch.ones(rows, dtype=dtype) if weights is None else weights
+    return own * (total / own.sum())
 
 
 def plan_with_kernel(
@@ -313,12 +358,7 @@ def check_weights(weights: Any, structure: Structure) -> Tensor:
     """Row weights as a tensor over the rows' plates."""
     if not structure.unit:
         raise SettingError("weights: the program has no plate of independent rows to weigh.")
-    try:
-        tensor = torch.as_tensor(weights).to(structure.program.dtype)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise DataError(
-            f"weights: expected numbers of shape {structure.unit_shape}, got {weights!r:.80}."
-        ) from error
+    tensor = _numbers(weights, structure.program.dtype)
     if tuple(tensor.shape) != structure.unit_shape:
         plates = ", ".join(f"'{p}'" for p in structure.unit)
         raise DataError(

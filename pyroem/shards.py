@@ -26,6 +26,7 @@ from pyroem.problem import (
     check_weights,
     plan_with_kernel,
     problem_of,
+    standing_for,
 )
 from pyroem.reading import read
 from pyroem.sampling import leading_size, sample_rows
@@ -282,18 +283,19 @@ def pose_shared(
         places = torch.arange(starts[ranks.rank], starts[ranks.rank + 1])
         problems: list[Problem] = []
 
-        def made() -> tuple[str, float]:
+        def made() -> tuple[str, float, float]:
             what = "A fit over several processes"
             plan, mixture = plan_with_kernel(structure, fixed, starts[-1], what)
             nodes = plan.reading.traces[0].trace.nodes
-            small = problem_of(structure, plan, own, floor, mixture, nodes)
+            standing = standing_for(own, starts[-1], sum(weight), dtype)
+            small = problem_of(structure, plan, standing, floor, mixture, nodes)
             # What stands outside the rows is counted once: by each process that has rows in part.
             share = 1 / sum(n > 0 for n in rows)
             outside = tuple((s, x.scaled(share), m * share) for s, x, m in mixture.outside)
             mixture = replace(mixture, outside=outside)
             with isolated(dtype, 0), torch.no_grad():
                 program, engine = shard.engine(structure, mixture, places, device)
-                shape, _ = small.e_step(plan.reading.points[0])
+                shape, log_prior = small.e_step(plan.reading.points[0])
             whole = replace(structure, program=program, unit_shape=(total,))
             spread = DistributedEngine(engine, ranks, rows, shape)
             problems.append(
@@ -306,18 +308,24 @@ def pose_shared(
                     everywhere=max(sum(weight), 1e-300),
                 )
             )
-            return _signature(structure, small), engine.work if rows[ranks.rank] else 0.0
+            work = engine.work if rows[ranks.rank] else 0.0
+            return _signature(structure, small), work, float(shape.log_likelihood + log_prior)
 
         agreed = ranks.agree(made)
-        if len({signature for signature, _ in agreed}) > 1:
-            raise ModelError("The processes run different programs.")
+        values = [value for _, _, value in agreed]
+        apart = any(abs(value - values[0]) > 1e-6 * (1 + abs(value)) for value in values)
+        if apart or len({signature for signature, _, _ in agreed}) > 1:
+            raise ModelError(
+                "The processes run different programs: at one point and on the same rows their"
+                f" log-joints are {', '.join(f'{value:.9g}' for value in values)}."
+            )
         (problem,) = problems
         spread = problem.engine
         assert isinstance(spread, DistributedEngine)
-        values = sum(p.value.numel() for p in structure.parameters.values())
-        ranks.width = max(len(flatten(spread.shape)) + 1, values)
+        size = sum(p.value.numel() for p in structure.parameters.values())
+        ranks.width = max(len(flatten(spread.shape)) + 1, size)
         # The same number of threads everywhere, so that rounding is the same.
-        return replace(problem, engine=replace(spread, work=max(work for _, work in agreed)))
+        return replace(problem, engine=replace(spread, work=max(work for _, work, _ in agreed)))
 
 
 def _signature(structure: Structure, problem: Problem) -> str:

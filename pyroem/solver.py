@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 
 from pyroem._pyro import isolated
-from pyroem.checkpoint import Journal, identity
+from pyroem.checkpoint import Journal, identity, in_words
 from pyroem.distributed import Ranks, ranks_of, together
 from pyroem.errors import ModelError, SettingError
 from pyroem.fit import Fit
@@ -258,10 +258,10 @@ class Solver:
             raise SettingError(f"restarts must be a positive integer, got {restarts!r}.")
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
             raise SettingError(f"seed must be an integer from 0 to 2**32 - 1, got {seed!r}.")
-        path = check_path(checkpoint, checkpoint_every)
         ranks = ranks_of(distributed)
-        if ranks is not None and path is not None:
+        if ranks is not None and checkpoint is not None:
             raise SettingError("checkpoint: a fit by several processes cannot be stored.")
+        path = check_path(checkpoint, checkpoint_every)
         if ranks is not None and ranks.rank and self.progress:  # one of them tells how it goes
             quiet, given = replace(self, progress=False), (init, restarts, seed, weights)
             names = ("init", "restarts", "seed", "weights")
@@ -270,7 +270,14 @@ class Solver:
         stored = None if path is None else read(path)
         with deferred(), together(ranks):
             if ranks is not None:
-                ranks.check_same({**self._plain, "restarts": restarts, "seed": seed})
+                ranks.check_same(
+                    lambda: {
+                        **self._plain,
+                        "init": in_words(init),
+                        "restarts": restarts,
+                        "seed": seed,
+                    }
+                )
             problem = self.pose(model, args, kwargs, weights, ranks)
             self.check(problem)
             pause_point()

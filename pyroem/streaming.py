@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from pyroem._pyro import as_data, isolated
 from pyroem.blocks import Blocks
@@ -25,7 +25,7 @@ class Streamed:
     """The rows of all blocks for the kernel, made anew in every pass.
 
     The program runs on each block; at the first pass everything is checked that was read on the
-    sample.
+    sample. Where the number of ``rows`` is given, every pass must give as many.
     """
 
     def __init__(
@@ -34,8 +34,8 @@ class Streamed:
         mixture: Mixture,
         blocks: Blocks,
         rest: tuple[tuple[Any, ...], dict[str, Any]],
-        rows: int,
-        weights: Tensor | None,
+        rows: int | None,
+        weights: Tensor | None = None,
         device: torch.device | None = None,
     ) -> None:
         self.device = device
@@ -44,27 +44,28 @@ class Streamed:
         self.checked = False
 
     def __iter__(self) -> Iterator[Rows]:
-        start = number = 0
-        for block in self.blocks:
-            data = block_data(block, self.rest, self.structure.program.dtype)
-            size = leading_size(data[0][: len(block)])
+        start = 0
+        for number, block in enumerate(self.blocks):
+            args = block_data(block, number, self.structure.program.dtype)
+            size = leading_size(args)
             if not size:
                 continue
-            if start + size > self.rows:
-                break
+            if self.rows is not None and start + size > self.rows:
+                raise self._changed(f"more than {self.rows}")
             weights = None if self.weights is None else self.weights[start : start + size]
-            yield self._rows(data, size, number, weights)
-            start, number = start + size, number + 1
-        if start != self.rows:
-            raise DataError(
-                f"The blocks hold {start if start < self.rows else 'more than ' + str(start)} rows"
-                f" in this pass, but held {self.rows} before: every pass must read the same data."
-            )
+            what, check = f"Block {number} (from row {start} on)", not self.checked
+            data, device = ((*args, *self.rest[0]), self.rest[1]), self.device
+            yield rows_of(self.structure, self.mixture, data, size, weights, what, check, device)
+            start += size
+        if self.rows is not None and start != self.rows:
+            raise self._changed(str(start))
         self.checked = True
 
-    def _rows(self, data: Any, size: int, number: int, weights: Tensor | None) -> Rows:
-        what, check = f"Block {number}", not self.checked
-        return rows_of(self.structure, self.mixture, data, size, weights, what, check, self.device)
+    def _changed(self, found: str) -> DataError:
+        return DataError(
+            f"The blocks hold {found} rows in this pass, but held {self.rows} before: every pass"
+            " must read the same data."
+        )
 
 
 def rows_of(
@@ -81,7 +82,10 @@ def rows_of(
     plan, (args, kwargs) = mixture.plan, data
     with isolated(structure.program.dtype, 0):
         none = torch.arange(0)
-        whole = whole_data(structure, args, kwargs, size, none, check, part=True)
+        try:
+            whole = whole_data(structure, args, kwargs, size, none, check, part=True)
+        except DataError as error:
+            raise DataError(f"{what}: {error}") from error
         agrees = whole is not None and (not check or whole.agrees_at(plan, plan.reading.points[0]))
         if agrees and check and size > 1:  # of some rows alone the program must make the same
             index = sample_rows(size, min(SOME, size - 1))
@@ -91,18 +95,23 @@ def rows_of(
     if whole is None or not agrees:
         raise DataError(
             f"{what}: the program makes something else of it than of the other rows, or of some of"
-            " its rows alone. Parameters, priors, distributions' arguments and observations must"
-            " not be computed from several rows, and the plate of rows must have the size of the"
-            " block."
+            " its rows alone. Parameters, priors, scales, distributions' arguments and observations"
+            " must not be computed from several rows, and the plate of rows must have the size of"
+            " the block."
         )
     return Rows(mixture, whole.nodes, weights, cache=0, device=device)
 
 
-def block_data(
-    block: tuple[Any, ...], rest: tuple[tuple[Any, ...], dict[str, Any]], dtype: torch.dtype
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The program's arguments for a block."""
-    return as_data((*block, *rest[0]), dtype), rest[1]
+def block_data(block: tuple[Any, ...], number: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    """The arguments of a block as tensors, all of as many rows."""
+    args: tuple[Any, ...] = as_data(tuple(block), dtype)
+    sizes = [x.shape[0] for x in tree_leaves(args) if isinstance(x, Tensor) and x.dim()]
+    if len(set(sizes)) > 1:
+        raise DataError(
+            f"Block {number}: its arguments have {', '.join(map(str, sizes))} rows; all must have"
+            " the same number. What has no rows goes beside the blocks: fit(model, blocks, other)."
+        )
+    return args
 
 
 def sampled(
@@ -119,26 +128,41 @@ def sampled(
     if blocks.pick is not None and blocks.length:
         index = sample_rows(blocks.length, size, weights)
         own = None if weights is None else weights[index]
-        return blocks.length, block_data(blocks.pick(index), rest, dtype), own
+        args = block_data(blocks.pick(index), 0, dtype)
+        return blocks.length, ((*args, *rest[0]), rest[1]), own
     generator = torch.Generator().manual_seed(0)
     parts: list[tuple[Tensor, Any]] = []
-    total, kept = 0, 0
-    for block in blocks:
-        args = as_data(tuple(block), dtype)
+    total, kept, shapes = 0, 0, None
+    for number, block in enumerate(blocks):
+        args = block_data(block, number, dtype)
         rows = leading_size(args)
+        own_shapes = [tuple(x.shape[1:]) for x in tree_leaves(args) if isinstance(x, Tensor)]
+        if shapes not in (None, own_shapes):
+            raise DataError(
+                f"Block {number} has rows of shapes {own_shapes}, those before have {shapes}; they"
+                " must be the same in all blocks."
+            )
         keys = torch.rand(rows, generator=generator, dtype=torch.float64)
         own = torch.ones(rows, dtype=dtype)
         if weights is not None:
-            own[: len(weights) - total] = weights[total : total + rows]
+            if total + rows > len(weights):
+                raise _wrong_weights(len(weights), f"{total + rows} or more")
+            own = weights[total : total + rows]
             keys[own == 0] = 2.0  # rows that weigh nothing come last
         parts.append((keys, (own, args)))
-        total, kept = total + rows, kept + rows
+        total, kept, shapes = total + rows, kept + rows, own_shapes
         if kept > 4 * size:
             parts, kept = _smallest(parts, size), size
     if not total:
         raise DataError("The blocks hold no rows.")
+    if weights is not None and len(weights) != total:
+        raise _wrong_weights(len(weights), str(total))
     ((_, (own, args)),) = _smallest(parts, size)
     return total, ((*args, *rest[0]), rest[1]), None if weights is None else own
+
+
+def _wrong_weights(count: int, rows: str) -> DataError:
+    return DataError(f"weights: expected one for each row, {rows}; got {count}.")
 
 
 def _smallest(parts: list[tuple[Tensor, Any]], size: int) -> list[tuple[Tensor, Any]]:

@@ -57,13 +57,17 @@ class Whole:
         )
 
     def agrees_at(self, plan: Plan, point: Params, some: Mapping[str, Any] | None = None) -> bool:
-        """Whether arguments and priors are the same on all rows at ``point``.
+        """Whether arguments, priors and scales are the same on all rows at ``point``.
 
         ``some`` are the program's sites there on the rows that were read, if they are known.
         """
         structure = self.structure
         some = Run(plan, point).nodes if some is None else some
         nodes = self.program.run(point, nesting=structure.nesting).nodes
+        for name in (*structure.factor_sites, *structure.parameters):
+            scales = (torch.as_tensor(n[name].get("scale", 1.0)) for n in (nodes, some))
+            if not _close(*scales):
+                return False
         for name, site in plan.reading.sites.items():
             base, few = unwrap(nodes[name]["fn"])[0], unwrap(some[name]["fn"])[0]
             if type(base) is not type(few):
@@ -152,24 +156,25 @@ def _same_rows(
     value = _first(value, structure.nesting + declared + events)
     assert value is not None
 
-    def cut(x: Tensor, dim: int, rows: Tensor = index) -> Tensor:
-        if x.dim() < -dim or x.shape[dim] == 1:
-            return x
+    def cut(x: Tensor, dim: int, rows: Tensor) -> Tensor:
         return x.index_select(dim, rows.to(x.device))
+
+    def cut_mask(x: Tensor, rows: Tensor) -> Tensor:
+        return x if x.dim() < -at or x.shape[at] == 1 else cut(x, at, rows)
 
     if places is not None:
         value = cut(value, at - events, places)
-        mask = mask if mask is None else cut(mask, at, places)
-    own, own_mask = cut(whole["value"], at - events), base_mask(whole)
+        mask = mask if mask is None else cut_mask(mask, places)
+    own, own_mask = cut(whole["value"], at - events, index), base_mask(whole)
     if own.shape != value.shape or (mask is None) != (own_mask is None):
         return False
     if mask is None or own_mask is None:
         return bool(_equal(own, value).all())
-    seen = mask.expand(value.shape[: value.dim() - events])
-    if not torch.equal(cut(own_mask, at).expand(seen.shape), seen):
+    own_seen, seen = torch.broadcast_tensors(cut_mask(own_mask, index), mask)
+    if not torch.equal(own_seen, seen):
         return False
     hidden = ~seen.reshape(seen.shape + (1,) * events)  # there each has its own filling
-    return bool((_equal(own, value) | hidden).all())
+    return bool((_equal(own, value) | hidden).all()) if own.numel() else True
 
 
 def _equal(a: Tensor, b: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from test_large import X, mixture, simulated
 from torch import Tensor
 from torch.distributions import constraints
@@ -167,6 +168,18 @@ def test_what_cannot_be_read_in_blocks() -> None:
     for model, data, error, match in cases:
         with pytest.raises(error, match=match):
             EM(max_iter=3).fit(model, data)
+    wide = torch.cat([SMALL, SMALL], 1)
+    for data, weights, match in (
+        (blocks(lambda: iter([SMALL, wide])), None, r"Block 1 has rows of shapes \[\(4,\)\]"),
+        (blocks(lambda: iter([(SMALL, SMALL[:9])])), None, "Block 0: its arguments have 1000, 9"),
+        (blocks(SMALL), torch.ones(999), r"one for each row \(1000,\), got shape \(999,\)"),
+        (blocks(lambda: iter([SMALL])), torch.ones(999), "one for each row, 1000 or more; got 999"),
+        (blocks(lambda: iter([SMALL])), torch.ones(1001), "one for each row, 1000; got 1001"),
+        (blocks(SMALL), ["a"] * 1000, "expected numbers, one for each row, got list"),
+        (SMALL, blocks(SMALL), "expected numbers, one for each row, got Blocks"),
+    ):
+        with pytest.raises(DataError, match=match):
+            EM(max_iter=3).fit(lambda *x: mixture(x[0]), data, weights=weights)
     with pytest.raises(SettingError, match="can be read once only"):
         blocks(once)
     with pytest.raises(DataError, match="can be read once only"):
@@ -239,8 +252,32 @@ def test_rows_that_depend_on_other_rows(transform: Callable[[Tensor], Tensor]) -
     def program(x: Tensor) -> None:
         mixture(transform(x))
 
-    with pytest.raises(DataError, match=r"Block 0: .* of some of its rows alone"):
+    with pytest.raises(DataError, match=r"Block 0 .*: .* of some of its rows alone"):
         EM().fit(program, blocks(SMALL, rows=300), init=INIT)
+
+
+def test_new_rows_in_blocks() -> None:
+    fit = EM().fit(mixture, SMALL[:500], init=INIT)
+    for given in (blocks(SMALL, rows=300), blocks(lambda: iter(SMALL.split(170)))):
+        assert torch.equal(fit.predict(given), fit.predict(SMALL))
+        torch.testing.assert_close(fit.log_prob(given), fit.log_prob(SMALL))
+        torch.testing.assert_close(fit.responsibilities(given), fit.responsibilities(SMALL))
+        assert fit.posterior(given)["z"].probs.shape == (1000, 3)
+    with pytest.raises(ModelError, match="needs a program with a kernel"):
+        EM(engine="trace", max_iter=2).fit(mixture, SMALL, init=INIT).predict(blocks(SMALL))
+    bad = SMALL.clone()
+    bad[700, 1] = torch.nan
+    with pytest.raises(DataError, match=r"Block 2 \(from row 600 on\): .* at index \(100, 1\)"):
+        fit.predict(blocks(bad, rows=300))
+
+
+def test_a_scale_computed_from_the_rows() -> None:
+    def tempered(x: Tensor) -> None:
+        with poutine.scale(scale=100 / len(x)):
+            mixture(x)
+
+    with pytest.raises(DataError, match=r"Block 0 .*scales"):
+        EM().fit(tempered, blocks(SMALL, rows=300), init=INIT)
 
 
 def test_priors_that_depend_on_the_data() -> None:

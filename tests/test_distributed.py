@@ -70,6 +70,23 @@ def cut(x: Any, rank: int, world: int) -> Any:
 
 
 Own = Callable[[Any], Any]
+
+
+def all_but_one(own: Own) -> Tensor:
+    """Many rows, of which the last process has one and the first the others."""
+    places = own(torch.arange(10)).tolist()
+    first, last = 0 in places, 9 in places
+    return MANY[slice(0 if first else -1 if last else len(MANY), None if last else -1)]
+
+
+def drifting(x: Tensor, scale: float) -> None:
+    """A program with a constant, which the processes may have computed from their own rows."""
+    loc = pyro.param("loc", torch.tensor([98.0, 103.0]))
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2))
+        pyro.sample("x", dist.Normal(loc[z], scale), obs=x)
+
+
 PRIOR_INIT = {"weights": [0.3, 0.3, 0.4], "loc": [98.0, 100.0, 103.0], "rate": 0.3}
 SHIFT = torch.tensor([4.0, 0.0, 0.0])
 # Each fits the rows that ``own`` gives it; further settings say whether it is over processes.
@@ -96,6 +113,7 @@ FITS: dict[str, Callable[..., Fit]] = {
         mixture, own(X), init="random", restarts=3, **s
     ),
     "large": lambda own, **s: EM().fit(mixture, own(MANY), init=FAR, **s),
+    "one row": lambda own, **s: EM().fit(mixture, all_but_one(own), init=FAR, **s),
     "large auto": lambda own, **s: EM().fit(mixture, own(MANY), **s),
     "single precision": lambda own, **s: EM(dtype=torch.float32).fit(
         mixture, own(X), init=INIT, **s
@@ -190,6 +208,10 @@ def bad(rank: int, own: Own) -> dict[str, Callable[[], Any]]:
         "settings": lambda: EM(max_iter=5 + last).fit(mixture, own(X), distributed=True),
         "seed": lambda: EM().fit(mixture, own(X), seed=int(last), distributed=True),
         "programs": lambda: EM().fit(mixture, own(X), 2 + last, distributed=True),
+        "constants": lambda: EM().fit(drifting, own(X)[:, 0], 1.0 + last, distributed=True),
+        "values": lambda: EM().fit(
+            mixture, own(X), init={**INIT, "weights": [0.3, 0.4, 0.3 + last]}, distributed=True
+        ),
         "columns": lambda: EM().fit(mixture, own(X)[:, : 1 + last], distributed=True),
         "not rows": lambda: EM().fit(with_priors, own(X)[:, 0], extra, distributed=True),
         "short weights": lambda: EM().fit(
@@ -365,6 +387,8 @@ ERRORS = {
     "settings": ("SettingError", "max_iter is 5 in process 0 and 6 in process"),
     "seed": ("SettingError", "seed is 0 in process 0 and 1 in process"),
     "programs": ("ModelError", "The processes run different programs"),
+    "constants": ("ModelError", "on the same rows their log-joints are"),
+    "values": ("SettingError", "init is 'values"),
     "columns": ("DataError", "but for the number of rows they must be the same"),
     "not rows": ("DataError", "does not hold rows, but differs between processes"),
     "short weights": ("DataError", "weights: expected shape"),

@@ -475,6 +475,10 @@ def test_solvers_of_two_dtypes_are_compared() -> None:
         table = pyroem.compare(problem.model, *problem.data, solvers=solvers, init=given)
         assert table.fits["single"].params["loc"].dtype == torch.float32
         assert table.rows[1].parameter_difference < 1e-3
+        for row in table.rows:  # judged by one objective
+            params = {n: v.double() for n, v in table.fits[row.name].params.items()}
+            exact = float(pyroem.log_joint(problem.model, params, *problem.data))
+            assert row.log_joint == pytest.approx(exact, rel=1e-12)
 
 
 def test_an_interrupt_ends_a_comparison() -> None:

@@ -9,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -94,6 +95,21 @@ def counts(n: Tensor) -> None:
         pyro.sample("n", dist.Poisson(rate[z]), obs=n)
 
 
+def tempered(x: Tensor) -> None:
+    """A scale that depends on the number of rows."""
+    with poutine.scale(scale=500 / len(x)):
+        mixture(x)
+
+
+def plated_parameters(x: Tensor) -> None:
+    """Parameters in plates of their own, and a mask."""
+    with pyro.plate("states", 3, dim=-2), pyro.plate("kinds", 2, dim=-1):
+        loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(torch.ones(3) / 3))
+        pyro.sample("x", dist.Normal(loc[z, 0], 1.0).mask(x[:, 0] > -4), obs=x[:, 0])
+
+
 def with_holes() -> Tensor:
     x = simulated()
     x[::7, 0] = torch.nan
@@ -109,6 +125,8 @@ CASES: list[tuple[Callable[..., None], Tensor, bool]] = [
     (of_fixed_size, X, False),
     (rare_covariate, X, False),
     (masked, with_holes(), True),
+    (tempered, X, False),
+    (plated_parameters, X, True),
     (counts, X[:, 0].abs().round(), True),
 ]
 

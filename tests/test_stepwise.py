@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from test_large import X, masked, mixture, simulated, student, with_holes
+from torch import Tensor
 
 from pyroem import EM, ModelError, SettingError, Status, StepwiseEM, blocks
 
@@ -17,6 +20,7 @@ def test_two_passes_come_close(data: Any, init: str) -> None:
     best = EM().fit(mixture, X)
     fit = StepwiseEM(batch=500).fit(mixture, data, init=init)
     assert fit.status is Status.MAX_ITER and fit.n_iter == 2
+    assert "goes on from here" in fit.explain()
     assert fit.history[-1].passes == 2
     assert best.log_joint - fit.log_joint < 1e-3 * len(X)
     on = EM().fit(mixture, X, init=fit)
@@ -49,6 +53,22 @@ def test_weights_and_masks() -> None:
     best = EM().fit(masked, holes)
     fit = StepwiseEM().fit(masked, holes, init=best)
     assert best.log_joint - fit.log_joint < 1e-3 * len(holes)
+
+
+def test_a_prior_weighs_no_more_on_the_sample_that_starts_the_fit() -> None:
+    x = simulated(20_000)[:, 0].abs().round()
+
+    def counts(n: Tensor) -> None:
+        rate = pyro.sample("rate", dist.Gamma(500.0, 1000.0).expand([2]).to_event(1))
+        with pyro.plate("rows", len(n)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2))
+            pyro.sample("n", dist.Poisson(rate[z]), obs=n)
+
+    best = EM(tol=1e-10).fit(counts, x)
+    for init in (best, "auto"):
+        fit = StepwiseEM().fit(counts, x, init=init)
+        assert best.log_joint - fit.log_joint < 1e-4 * len(x)
+        assert fit.history[0].log_joint == pytest.approx(best.log_joint, rel=0.05)
 
 
 def test_what_it_refuses() -> None:
