@@ -22,7 +22,7 @@ from brute_force import SetValues
 from pyro import poutine
 from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import BoolTensor, Tensor
-from torch.distributions import constraints, transform_to
+from torch.distributions import AffineTransform, SigmoidTransform, constraints, transform_to
 
 Axes = tuple[tuple[str, int], ...]
 
@@ -306,13 +306,123 @@ def exponential_mixture(x: Tensor) -> None:
 
 
 def gamma_mixture(x: Tensor) -> None:
-    """An exponential family whose maximum has no closed form."""
+    """Shapes, whose maximum is found with the rates at theirs."""
     weights = pyro.param("weights", x.new_ones(2) / 2, constraint=constraints.simplex)
     shape = pyro.param("shape", x.new_tensor([1.0, 3.0]), constraint=constraints.positive)
     rate = pyro.param("rate", x.new_tensor([1.0, 1.0]), constraint=constraints.positive)
     with pyro.plate("rows", len(x)):
         z = pyro.sample("z", dist.Categorical(weights))
         pyro.sample("x", dist.Gamma(shape[z], rate[z]), obs=x)
+
+
+def gamma_shared_rate(x: Tensor) -> None:
+    """One rate for all: shapes and rate are updated in turn."""
+    weights = pyro.param("weights", x.new_ones(2) / 2, constraint=constraints.simplex)
+    shape = pyro.param("shape", x.new_tensor([1.0, 3.0]), constraint=constraints.positive)
+    scale = pyro.param("scale", x.new_tensor(1.0), constraint=constraints.positive)
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("x", dist.Gamma(shape[z], 1 / scale), obs=x)
+
+
+def inverse_gamma_mixture(x: Tensor) -> None:
+    """One shape for all, a prior on the rates."""
+    shape = pyro.param("shape", x.new_tensor(2.0), constraint=constraints.positive)
+    rate = pyro.sample("rate", dist.Gamma(x.new_full((2,), 2.0), 0.5).to_event(1))
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(x.new_tensor([0.4, 0.6])))
+        pyro.sample("x", dist.InverseGamma(shape, rate[z]), obs=x)
+
+
+def log_normal_mixture(x: Tensor) -> None:
+    """Incomes."""
+    weights = pyro.param("weights", x.new_ones(2) / 2, constraint=constraints.simplex)
+    loc = pyro.param("loc", x.new_tensor([0.0, 2.0]))
+    scale = pyro.param("scale", x.new_tensor([1.0, 0.5]), constraint=constraints.positive)
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("x", dist.LogNormal(loc[z], scale[z]), obs=x)
+
+
+def transformed_gaussian(x: Tensor) -> None:
+    """Gaussians seen through fixed transforms, several columns, some of them missing."""
+    weights = pyro.param("weights", x.new_ones(2) / 2, constraint=constraints.simplex)
+    loc = pyro.param("loc", lambda: torch.randn(2, x.shape[-1], dtype=x.dtype))
+    scale = pyro.param("scale", x.new_ones(2, x.shape[-1]), constraint=constraints.positive)
+    through = [AffineTransform(x.new_tensor(1.0), x.new_tensor([2.0, 0.5])), SigmoidTransform()]
+    seen = x < 0.95
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        base = dist.TransformedDistribution(dist.Normal(loc[z], scale[z]), through)
+        pyro.sample("x", base.mask(seen).to_event(1), obs=x)
+
+
+def half_normal_mixture(x: Tensor) -> None:
+    """Distances."""
+    weights = pyro.param("weights", x.new_ones(2) / 2, constraint=constraints.simplex)
+    scale = pyro.param("scale", x.new_tensor([0.5, 2.0]), constraint=constraints.positive)
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("x", dist.HalfNormal(scale[z]), obs=x)
+
+
+def beta_mixture(x: Tensor) -> None:
+    """Proportions: both arguments on the statistics."""
+    weights = pyro.param("weights", x.new_ones(2) / 2, constraint=constraints.simplex)
+    a = pyro.param("a", x.new_tensor([1.0, 3.0]), constraint=constraints.positive)
+    b = pyro.param("b", x.new_tensor([2.0, 1.0]), constraint=constraints.positive)
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("x", dist.Beta(a[z], b[z]), obs=x)
+
+
+def dirichlet_mixture(x: Tensor) -> None:
+    """Compositions."""
+    weights = pyro.param("weights", x.new_ones(2) / 2, constraint=constraints.simplex)
+    start = x.new_tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]])
+    alpha = pyro.param("alpha", start, constraint=constraints.positive)
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("x", dist.Dirichlet(alpha[z]), obs=x)
+
+
+def von_mises_mixture(x: Tensor) -> None:
+    """Directions."""
+    weights = pyro.param("weights", x.new_ones(2) / 2, constraint=constraints.simplex)
+    loc = pyro.param("loc", x.new_tensor([-1.0, 1.0]))
+    k = pyro.param("k", x.new_tensor([1.0, 2.0]), constraint=constraints.positive)
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("x", dist.VonMises(loc[z], k[z]), obs=x)
+
+
+def geometric_mixture(x: Tensor) -> None:
+    """Failures before a success."""
+    weights = pyro.param("weights", x.new_ones(2) / 2, constraint=constraints.simplex)
+    probs = pyro.sample("probs", dist.Beta(x.new_full((2,), 2.0), 2.0).to_event(1))
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("x", dist.Geometric(probs[z]), obs=x)
+
+
+def negative_binomial_mixture(x: Tensor) -> None:
+    """Overdispersed counts, the number of failures given, and differing by column."""
+    weights = pyro.param("weights", x.new_ones(2) / 2, constraint=constraints.simplex)
+    start = x.new_tensor([[0.3, 0.4], [0.6, 0.5]])
+    probs = pyro.param("probs", start, constraint=constraints.unit_interval)
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        count = dist.NegativeBinomial(x.new_tensor([3.0, 5.5]), probs[z])
+        pyro.sample("x", count.to_event(1), obs=x)
+
+
+def failures_by_state(x: Tensor) -> None:
+    """The number of failures differs by state: statistics that no kernel has."""
+    logits = pyro.param("logits", x.new_tensor([-1.0, 1.0]))
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(x.new_tensor([0.4, 0.6])))
+        failures = x.new_tensor([2.0, 7.0])[z]
+        pyro.sample("x", dist.NegativeBinomial(failures, logits=logits[z]), obs=x)
 
 
 def multinomial_mixture(n: Tensor) -> None:
@@ -855,6 +965,96 @@ PROBLEMS: list[Problem] = [
         6,
         {"z": 2},
         (("weights", 0), ("shape", 0), ("rate", 0)),
+    ),
+    _problem(
+        gamma_shared_rate,
+        (_blank(150),),
+        {"weights": _WEIGHTS2, "shape": [1.5, 6.0], "scale": 0.7},
+        6,
+        {"z": 2},
+        (("weights", 0), ("shape", 0)),
+    ),
+    _problem(
+        inverse_gamma_mixture,
+        (_blank(150),),
+        {"shape": 3.0, "rate": [1.0, 8.0]},
+        6,
+        {"z": 2},
+    ),
+    _problem(
+        log_normal_mixture,
+        (_blank(150),),
+        {"weights": _WEIGHTS2, "loc": [0.0, 2.0], "scale": [0.5, 0.8]},
+        6,
+        {"z": 2},
+        (("weights", 0), ("loc", 0), ("scale", 0)),
+    ),
+    _problem(
+        transformed_gaussian,
+        (_blank(120, 2),),
+        {
+            "weights": _WEIGHTS2,
+            "loc": [[-1.0, 0.0], [0.5, 1.5]],
+            "scale": [[0.4, 0.7], [0.5, 0.9]],
+        },
+        5,
+        {"z": 2},
+        (("weights", 0), ("loc", 0), ("scale", 0)),
+    ),
+    _problem(
+        half_normal_mixture,
+        (_blank(150),),
+        {"weights": _WEIGHTS2, "scale": [0.3, 3.0]},
+        6,
+        {"z": 2},
+        (("weights", 0), ("scale", 0)),
+    ),
+    _problem(
+        beta_mixture,
+        (_blank(150),),
+        {"weights": _WEIGHTS2, "a": [1.5, 6.0], "b": [5.0, 2.0]},
+        6,
+        {"z": 2},
+        (("weights", 0), ("a", 0), ("b", 0)),
+    ),
+    _problem(
+        dirichlet_mixture,
+        (_blank(120, 3),),
+        {"weights": _WEIGHTS2, "alpha": [[1.0, 2.0, 6.0], [5.0, 2.0, 1.5]]},
+        5,
+        {"z": 2},
+        (("weights", 0), ("alpha", 0)),
+    ),
+    _problem(
+        von_mises_mixture,
+        (_blank(150),),
+        {"weights": _WEIGHTS2, "loc": [-1.5, 1.0], "k": [2.0, 5.0]},
+        6,
+        {"z": 2},
+        (("weights", 0), ("loc", 0), ("k", 0)),
+    ),
+    _problem(
+        geometric_mixture,
+        (_blank(150),),
+        {"weights": _WEIGHTS2, "probs": [0.15, 0.7]},
+        6,
+        {"z": 2},
+        (("weights", 0), ("probs", 0)),
+    ),
+    _problem(
+        negative_binomial_mixture,
+        (_blank(120, 2),),
+        {"weights": _WEIGHTS2, "probs": [[0.2, 0.6], [0.7, 0.3]]},
+        5,
+        {"z": 2},
+        (("weights", 0), ("probs", 0)),
+    ),
+    _problem(
+        failures_by_state,
+        (_blank(120),),
+        {"logits": [-0.5, 0.8]},
+        5,
+        {"z": 2},
     ),
     _problem(
         multinomial_mixture,

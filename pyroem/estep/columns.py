@@ -51,6 +51,8 @@ class Columns:
         self.layout, self.base, self.family = layout, base, site.family
         self.dtype = site.dtype
         events = len(base.event_shape)
+        if self.family.transform is not None:
+            value = self.family.transform(base, value.to(self.dtype))
         value = pad(value, rank, events)
         rows = [max(x.shape[d] for x in (value, mask) if x is not None) for d in layout.rows]
         self.rows = tuple(rows)
@@ -70,7 +72,9 @@ class Columns:
                 for t, e in zip(self._statistics(x, Scratch()), layout.event_dims, strict=True)
             ]
         measure = self.family.base_measure
-        if measure is None or (not lazy and measure is not flat):
+        # A transform may have constants that differ by column.
+        early = not lazy or self.family.transform is not None
+        if measure is None or (early and measure is not flat):
             h = self._compare(value) if measure is None else measure(base, value.to(self.dtype))
             self.measured = self._per_row(self._rows_last(pad(h, rank, 0), 0), 0, self.num_rows)
 

@@ -183,6 +183,8 @@ def mixture_of(structure: Structure, plan: Plan) -> Mixture | str:
             trace.trace.nodes[name]["fn"].event_shape
         ):
             return f"the data of site '{name}' differ by state"
+        elif any(not _same_along(t, d) for t in site.data.few for d in enumerated):
+            return f"the statistics of site '{name}' differ by state"
         elif site.mask is not None and any(not _same_along(site.mask, d) for d in enumerated):
             return f"the mask of site '{name}' differs by state"
         parents[name] = varies

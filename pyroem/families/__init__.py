@@ -11,11 +11,13 @@ so the expected log-density of weighted data is ``<eta, sum_n w_n T(x_n)> - (sum
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from pyro import distributions as dist
 from torch import Tensor
+from torch.distributions import TransformedDistribution
 
 from pyroem.errors import SettingError
 from pyroem.families.forms import Coefficients, Form
@@ -46,6 +48,9 @@ class Coordinate:
         The normalisation that the distribution applies to what it is given (``p / sum(p)``).
     clip
         ``(value, variance floor) -> value``: keeps a variance above its floor.
+    profile
+        The coordinate to use instead where the family's other argument is free and has a block for
+        each of this one's at least: with that argument at its own maximiser, which comes next.
     """
 
     name: str
@@ -56,6 +61,7 @@ class Coordinate:
     inverse: Callable[[Tensor], Tensor] = _identity
     canonical: Callable[[Tensor], Tensor] = _identity
     clip: Callable[[Tensor, Tensor], Tensor] | None = None
+    profile: Coordinate | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,9 @@ class Family:
     location
         The argument that shifts with the data (``loc``), so that statistics are taken around the
         data's mean and lose no digits.
+    leading
+        The argument whose optimum does not depend on the others (the location, unless told): it is
+        updated first.
     variance
         ``arguments -> variances`` of the event's elements, for the detection of collapse.
     natural
@@ -88,6 +97,8 @@ class Family:
         log-normaliser. Without it they are found by differentiating ``log_density``.
     base_measure
         ``(distribution, x) -> h(x)``. Without it, it is found by comparison with ``log_prob``.
+    transform
+        ``(distribution, x) -> y``, where all of the above are functions of ``y`` and not of ``x``.
     packed
         ``(distribution, x, empty) -> statistics`` with a symmetric matrix as the elements of its
         lower triangle, row by row: half the work. ``empty(shape)`` gives memory for a result.
@@ -100,9 +111,11 @@ class Family:
     argument_dims: dict[str, int] | None = None
     coordinates: tuple[Coordinate, ...] = ()
     location: str | None = None
+    leading: str | None = None
     variance: Callable[[Arguments], Tensor] | None = None
     natural: Callable[[Arguments], tuple[Statistics, Tensor]] | None = None
     base_measure: Callable[[Any, Tensor], Tensor] | None = None
+    transform: Callable[[Any, Tensor], Tensor] | None = None
     packed: Callable[[Any, Tensor, Callable[[Sequence[int]], Tensor]], Statistics] | None = None
 
     def dims(self, argument: str) -> int:
@@ -155,8 +168,57 @@ def register_family(distribution: type, family: Family) -> None:
 
 
 def family_of(distribution: Any) -> Family | None:
-    """The family registered for the class of a bare distribution."""
-    return _REGISTRY.get(type(distribution))
+    """The family registered for the class of a bare distribution, or found for it.
+
+    A distribution that transforms another one, element by element, is that one's family in the
+    transformed data.
+    """
+    found = _REGISTRY.get(type(distribution))
+    if found is not None or not isinstance(distribution, TransformedDistribution):
+        return found
+    inner = distribution.base_dist
+    while isinstance(inner, dist.ExpandedDistribution):
+        inner = inner.base_dist
+    base = family_of(inner)
+    elementwise = all(
+        t.bijective and t.domain.event_dim == t.codomain.event_dim == 0
+        for t in distribution.transforms
+    )
+    if base is None or base.base_measure is None or base.transform is not None or not elementwise:
+        return None
+    return _transformed(base)
+
+
+def _transformed(base: Family) -> Family:
+    def inner(d: Any) -> Any:
+        d = d.base_dist
+        while isinstance(d, dist.ExpandedDistribution):
+            d = d.base_dist
+        return d
+
+    def back(d: Any, x: Tensor) -> Tensor:
+        for t in reversed(d.transforms):
+            x = t.inv(x)
+        return x
+
+    def measure(d: Any, y: Tensor) -> Tensor:
+        assert base.base_measure is not None
+        total = base.base_measure(inner(d), y)
+        for t in d.transforms:
+            x = t(y)
+            total = total - t.log_abs_det_jacobian(y, x)
+            y = x
+        return total
+
+    packed = base.packed
+    return replace(
+        base,
+        arguments=lambda d: base.arguments(inner(d)),
+        statistics=lambda d, y: base.statistics(inner(d), y),
+        base_measure=measure,
+        transform=back,
+        packed=None if packed is None else lambda d, y, empty: packed(inner(d), y, empty),
+    )
 
 
 def exponential_family(
@@ -194,4 +256,5 @@ def exponential_family(
     )
 
 
-from pyroem.families import standard as standard  # noqa: E402  (fills the registry)
+from pyroem.families import further as further  # noqa: E402  (both fill the registry)
+from pyroem.families import standard as standard  # noqa: E402

@@ -164,6 +164,53 @@ SCALE_TRIL = Form(
 )
 
 
+def _inverse_digamma(y: Tensor) -> Tensor:
+    """Newton's method from Minka's start (Estimating a Dirichlet distribution, 2000)."""
+    t = torch.where(y >= -2.22, y.exp() + 0.5, -1 / (y - torch.digamma(torch.ones_like(y))))
+    for _ in range(6):
+        t = t - (torch.digamma(t) - y) / torch.polygamma(1, t)
+    return t
+
+
+def _profile_shape(b: Tensor, a: Tensor) -> Tensor:
+    """The root of ``log t - digamma(t) = -b / a``: Newton's method in ``1 / t`` (Minka, 2002)."""
+    gap = -b / a
+    t = (3 - gap + ((gap - 3) ** 2 + 24 * gap).sqrt()) / (12 * gap)
+    for _ in range(6):
+        slope = t**2 * (1 / t - torch.polygamma(1, t))
+        t = 1 / (1 / t + (t.log() - torch.digamma(t) - gap) / slope)
+    return t
+
+
+def _dispersion(b: Tensor, a: Tensor) -> Tensor:
+    """The root of ``I1(t) / I0(t) = b / a``: Newton's method; 0 where ``b`` is not positive."""
+    r = (b / a).clamp(0, 1)
+    t = r * (2 - r**2) / (1 - r**2)  # Banerjee et al. (2005)
+    for _ in range(8):
+        ratio = torch.special.i1e(t) / torch.special.i0e(t)
+        slope = 1 - ratio**2 - torch.where(t > 0, ratio / t, 0.5)
+        t = (t - (ratio - r) / slope).clamp(min=0)
+    return t
+
+
+SHAPE = Form(
+    "shape",
+    "b t - a log Gamma(t)",
+    lambda b, a: _inverse_digamma(b / a),
+    (0, 0),
+)
+PROFILE_SHAPE = Form(
+    "profile of the shape",
+    "b t - a (log Gamma(t) - t log t + t)",
+    _profile_shape,
+    (0, 0),
+)
+DIRECTION = Form(
+    "direction", "a cos t + b sin t", lambda a, b: torch.atan2(b, a), (0, 0), domain=("circle",)
+)
+DISPERSION = Form("dispersion", "b t - a log I0(t)", _dispersion, (0, 0))
+
+
 def _definite(x: Tensor) -> Tensor:
     """Whether each matrix is finite and positive definite."""
     finite = x.isfinite().all(-1).all(-1)

@@ -212,7 +212,8 @@ register_family(
 )
 
 
-# Bernoulli: T(x) = x. Binomial: T(x) = (x, n - x), for n may differ by row.
+# Bernoulli: T(x) = x. Binomial: T(x) = (x, n - x), for n may differ by row. NegativeBinomial with a
+# given number r of failures: T(x) = (x, r).
 
 
 def _softplus(x: Tensor) -> Tensor:
@@ -278,6 +279,25 @@ register_family(
         _binary_log_density,
         natural=_binomial_natural,
         base_measure=_choose,
+        event_dims=(0, 0),
+        coordinates=_SUCCESS,
+    ),
+)
+
+
+def _waits(d: dist.NegativeBinomial, x: Tensor) -> Tensor:
+    r = d.total_count
+    return torch.lgamma(x + r) - torch.lgamma(x + 1) - torch.lgamma(r)
+
+
+register_family(
+    dist.NegativeBinomial,
+    Family(
+        lambda d: {"logits": d.logits},
+        lambda d, x: (x, d.total_count.to(x)),
+        _binary_log_density,
+        natural=_binomial_natural,
+        base_measure=_waits,
         event_dims=(0, 0),
         coordinates=_SUCCESS,
     ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
 
@@ -34,7 +34,11 @@ class Use:
 
 @dataclass(frozen=True)
 class Block:
-    """One parameter's entry in the plan."""
+    """One parameter's entry in the plan.
+
+    ``partners`` are parameters that follow it freely: if they are updated too, it takes its
+    ``profiled`` form, which has them at their maximisers.
+    """
 
     name: str
     rung: Rung
@@ -43,6 +47,15 @@ class Block:
     uses: tuple[Use, ...] = ()
     lower: float = -torch.inf
     upper: float = torch.inf
+    partners: frozenset[str] = frozenset()
+
+    @cached_property
+    def profiled(self) -> Block:
+        """The block with the partners at their maximisers."""
+        (use,) = self.uses
+        profile = use.coordinate.profile
+        assert profile is not None
+        return replace(self, form=profile.form, uses=(replace(use, coordinate=profile),))
 
     @cached_property
     def alone(self) -> bool:

@@ -12,6 +12,11 @@ from pyroem.structure import Parameter, Params, from_search, to_search
 
 Objective = Callable[[Params], Tensor]
 
+HALVINGS = 10
+SETTLED = 1e-18  # nats a row that a step promises: its square root is what is left of the slope
+RIDGE = 1e-7  # relative to the largest curvature
+STUCK = 1e-12  # nats a row: a step that gains no more may be lost in rounding
+
 
 def maximise(
     objective: Objective,
@@ -21,13 +26,26 @@ def maximise(
     *,
     max_iter: int,
     rows: float,
+    few: int = 0,
 ) -> Params:
-    """Ascend ``objective`` over ``params`` in the unconstrained space, by L-BFGS.
+    """Ascend ``objective`` over ``params`` in the unconstrained space.
 
-    Never returns a point with a lower objective than it was given. Coordinates are measured in
-    ``steps`` and the objective per row, which brings the gradient to order one.
+    By Newton's method where the coordinates are few and the objective curved, else by L-BFGS. Never
+    returns a point with a lower objective than it was given. Coordinates are measured in ``steps``
+    and the objective per row, which brings the gradient to order one.
     """
     raw = to_search(parameters, params, steps)
+    if sum(v.numel() for v in raw.values()) <= few:
+
+        def of(values: Params) -> Tensor:
+            return objective(from_search(parameters, values, steps)) / rows
+
+        point, done = _newton(of, raw, max_iter)
+        with torch.no_grad():
+            params = {n: v.detach() for n, v in from_search(parameters, point, steps).items()}
+        if done:
+            return params
+        raw = to_search(parameters, params, steps)
     optimiser = torch.optim.LBFGS(
         list(raw.values()),
         max_iter=max_iter,
@@ -54,3 +72,53 @@ def maximise(
     except (ModelError, torch.linalg.LinAlgError):
         return params  # the search strayed to where the program cannot run
     return found if after >= before else params
+
+
+def _newton(objective: Objective, start: Params, max_iter: int) -> tuple[Params, bool]:
+    """Newton's method, never downwards: how far it came, and whether there is no more to gain.
+
+    Exact second derivatives cost one pass backwards for each coordinate.
+    """
+    sizes = [v.numel() for v in start.values()]
+    point = torch.cat([v.detach().reshape(-1) for v in start.values()])
+
+    def shaped(flat: Tensor) -> Params:
+        parts = zip(start.items(), flat.split(sizes), strict=True)
+        return {name: part.reshape(v.shape) for (name, v), part in parts}
+
+    try:
+        with torch.enable_grad():
+            for _ in range(max_iter):
+                leaf = point.clone().requires_grad_()
+                value = objective(shaped(leaf))
+                (slope,) = torch.autograd.grad(value, leaf, create_graph=True)
+                if not slope.requires_grad:
+                    break
+                curvature = torch.stack(
+                    [
+                        torch.autograd.grad(s, leaf, retain_graph=True, materialize_grads=True)[0]
+                        for s in slope
+                    ]
+                )
+                slope, value = slope.detach(), value.detach()
+                curvature = -(curvature + curvature.T) / 2
+                # Along a ridge (of a sum, only the terms' differences count) no step is taken.
+                curvature.diagonal().add_(RIDGE * curvature.diagonal().abs().max())
+                factor, failed = torch.linalg.cholesky_ex(curvature)
+                if bool(failed) or not bool(slope.isfinite().all()):
+                    break  # not curved downwards here
+                step = torch.cholesky_solve(slope.unsqueeze(-1), factor).squeeze(-1)
+                gain = float(slope @ step)
+                with torch.no_grad():
+                    for _ in range(HALVINGS):
+                        if objective(shaped(point + step)) >= value:
+                            break
+                        step = step / 2
+                    else:
+                        return shaped(point), gain <= STUCK
+                point = point + step
+                if gain <= SETTLED:
+                    return shaped(point), True
+    except (ModelError, torch.linalg.LinAlgError, RuntimeError):
+        pass  # the program cannot run there, or cannot be differentiated twice
+    return shaped(point), False

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -58,15 +59,57 @@ def make_plan(structure: Structure, fixed: Iterable[str] = ()) -> Plan:
             blocks[name] = Block(name, Rung.FIXED, "held at its start, as asked")
         else:
             blocks[name] = _place(structure, reading, parameter)
-    # Locations first: a scale is then found around the new location, which is exact.
-    order = sorted(blocks.values(), key=lambda b: b.form is None or not _is_location(b))
+    blocks = {n: _with_partners(structure, reading, b, blocks) for n, b in blocks.items()}
+    # Locations and profiles first: what is then found around them is exact.
+    order = sorted(blocks.values(), key=lambda b: not (b.partners or _is_location(b)))
     blocks = {b.name: b for b in order}
     steps = search_steps(structure, reading, blocks)
     return Plan(structure, reading, blocks, _interacting(structure, reading, order), steps)
 
 
+def _with_partners(
+    structure: Structure, reading: Reading, block: Block, blocks: dict[str, Block]
+) -> Block:
+    """The block with the parameters that follow it freely, where its coordinate has a profile."""
+    if block.rung is not Rung.CLOSED_FORM or len(block.uses) != 1:
+        return block
+    (use,) = block.uses
+    arguments = reading.sites[use.site.name].arguments
+    own = arguments[use.coordinate.argument]
+    others = [a for a in arguments.values() if a is not own]
+    if (
+        use.coordinate.profile is None
+        or structure.parameters[block.name].has_prior
+        or (len(others) != 1)
+    ):
+        return block
+    (other,) = others
+    if own.selection is None or other.selection is None or other.selection.constants.numel():
+        return block
+    for name in other.parameters:
+        closed = blocks[name].rung is Rung.CLOSED_FORM and len(blocks[name].uses) == 1
+        if not closed or structure.parameters[name].has_prior or name == block.name:
+            return block
+    if not other.parameters or not _one_each(other.selection.index, own.selection.index):
+        return block
+    names = "', '".join(sorted(other.parameters))
+    reason = f"{block.reason}, with '{names}' at its maximum"
+    return replace(block, partners=other.parameters, reason=reason)
+
+
+def _one_each(many: Tensor, few: Tensor) -> bool:
+    """Whether every block of ``many`` stands beside one block of ``few`` only."""
+    a, b = torch.broadcast_tensors(many, few)
+    pairs = torch.unique(torch.stack([a.reshape(-1), b.reshape(-1)]), dim=1)
+    return pairs.shape[1] == torch.unique(pairs[0]).numel()
+
+
 def _is_location(block: Block) -> bool:
-    return any(u.coordinate.argument == u.site.family.location for u in block.uses)
+    return any(u.coordinate.argument == _leading(u.site) for u in block.uses)
+
+
+def _leading(site: SiteModel) -> str | None:
+    return site.family.leading or site.family.location
 
 
 def _interacting(structure: Structure, reading: Reading, blocks: list[Block]) -> bool:
@@ -80,17 +123,22 @@ def _interacting(structure: Structure, reading: Reading, blocks: list[Block]) ->
         return True
     if any(structure.parameters[b.name].has_prior and _is_location(b) for b in closed):
         return True  # a location's prior is weighed against the scale
+    profiled = {u.site.name for b in closed if b.partners for u in b.uses}
     sites = {u.site.name: u.site for b in closed for u in b.uses}
-    return any(not _separable(site) for site in sites.values())
+    moving = frozenset(b.name for b in closed)
+    return any(not _separable(site, moving) for n, site in sites.items() if n not in profiled)
 
 
-def _separable(site: SiteModel) -> bool:
-    """Whether the location's optimum does not depend on the scale.
+def _separable(site: SiteModel, moving: frozenset[str]) -> bool:
+    """Whether each argument's optimum is found without the arguments that come after it.
 
-    So it is where every location block meets one scale block only: then the scale cancels.
+    A location's is where every location block meets one scale block only: then the scale cancels.
+    ``moving`` are the parameters that are updated in closed form.
     """
-    location = site.arguments.get(site.family.location or "")
-    if location is None or not location.parameters:
+    location = site.arguments.get(_leading(site) or "")
+    if location is None:
+        return sum(bool(a.parameters & moving) for a in site.arguments.values()) < 2
+    if not location.parameters:
         return True
     others = [a for a in site.arguments.values() if a is not location and a.parameters]
     if not others:
@@ -99,9 +147,7 @@ def _separable(site: SiteModel) -> bool:
         return False
     for other in others:
         assert other.selection is not None
-        a, b = torch.broadcast_tensors(location.selection.index, other.selection.index)
-        pairs = torch.unique(torch.stack([a.reshape(-1), b.reshape(-1)]), dim=1)
-        if pairs.shape[1] > torch.unique(pairs[0]).numel():
+        if not _one_each(location.selection.index, other.selection.index):
             return False
     return True
 
@@ -207,6 +253,11 @@ def bounds_of(parameter: Parameter, form: Form) -> tuple[float, float] | None:
     }
     for domain in form.domain:
         if domain == "real_vector" and interval_of(constraint) == (-torch.inf, torch.inf):
+            return -torch.inf, torch.inf
+        if domain == "circle" and interval_of(constraint) in (
+            (-torch.inf, torch.inf),
+            (-math.pi, math.pi),
+        ):
             return -torch.inf, torch.inf
         if domain == "positive_vector" and interval_of(constraint) == (0.0, torch.inf):
             return -torch.inf, torch.inf

@@ -330,6 +330,11 @@ def _read_site(
     value = nodes[0]["value"]
     if family is None or name in structure.parameters or not _same(value, nodes[1]["value"]):
         return None
+    if family.transform is not None:
+        seen = [family.transform(unwrap(n["fn"])[0], value) for n in nodes]
+        if not _same(*seen):
+            return None  # the transform depends on a parameter
+        value = seen[0]
     fn = nodes[0]["fn"]
     batch = tuple(fn.batch_shape + fn.event_shape[:events])
     own = tuple(value.shape[: value.dim() - len(base.event_shape)])
@@ -359,6 +364,9 @@ def _read_site(
     mask = None if mask is None else pad(mask.to(x.dtype), rank, 0)
     centre = None if family.location is None else torch.zeros((), dtype=x.dtype)  # see _scaled
     data = Recorded(family, base, x, rank, unit_dims)
+    again = Recorded(family, unwrap(nodes[1]["fn"])[0], x, rank, unit_dims)
+    if not all(_same(a, b) for a, b in zip(data.few, again.few, strict=True)):
+        return None  # they depend on a parameter: a number of trials, say
     return SiteModel(name, family, shape, events, arguments, data, mask, centre, None, unit_dims)
 
 

@@ -25,6 +25,7 @@ THOROUGH = (50, 200)  # sweeps over interacting blocks, L-BFGS iterations in eac
 QUICK = (3, 20)
 SWEEP_TOLERANCE = 1e-9
 GRADIENT_STEPS = 10
+FEW = 32  # coordinates for which second derivatives are taken
 SMALLEST = {torch.float64: 1e-100, torch.float32: 1e-30}
 
 
@@ -120,6 +121,7 @@ def m_step(
         for b in plan.blocks.values()
         if b.rung is not Rung.FIXED and (only is None or b.name in only)
     ]
+    names = {b.name for b in chosen}
     closed = [b for b in chosen if b.rung is Rung.CLOSED_FORM]
     numeric = [b for b in chosen if b.rung is Rung.ON_STATISTICS]
     gradient = [b for b in chosen if b.rung is Rung.GRADIENT]
@@ -127,14 +129,16 @@ def m_step(
     for sweep in range(sweeps):
         before = current
         for block in closed:
+            if block.partners and block.partners <= names:
+                block = block.profiled
             value = closed_update(plan, block, current, expected, floor)
             current = {**current, block.name: value}
         if numeric:
-            names = [b.name for b in numeric]
-            current = {**current, **_on_statistics(plan, names, current, expected, iterations)}
+            own = [b.name for b in numeric]
+            current = {**current, **_on_statistics(plan, own, current, expected, iterations)}
         if gradient and sweep == 0:
-            names = [b.name for b in gradient]
-            current = {**current, **_on_data(plan, names, current, expected)}
+            own = [b.name for b in gradient]
+            current = {**current, **_on_data(plan, own, current, expected)}
         if not plan.interacting:
             break
         moved = max((_relative(current[b.name], before[b.name]) for b in chosen), default=0.0)
@@ -297,6 +301,7 @@ def _on_statistics(
         plan.steps,
         max_iter=iterations,
         rows=plan.structure.num_rows,
+        few=FEW,
     )
 
 
