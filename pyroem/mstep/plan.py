@@ -117,7 +117,9 @@ def _interacting(structure: Structure, reading: Reading, blocks: list[Block]) ->
     closed = [b for b in blocks if b.rung is Rung.CLOSED_FORM]
     if any(b.rung is Rung.GRADIENT for b in blocks):
         return False  # generalised EM: the next iteration gains it
-    if closed and any(b.rung is Rung.ON_STATISTICS for b in blocks):
+    moving = frozenset(b.name for b in closed)
+    numeric = frozenset(b.name for b in blocks if b.rung is Rung.ON_STATISTICS)
+    if any(d & moving and d & numeric for d in reading.dependence.values()):
         return True
     if any(reading.prior_dependence.get(b.name) for b in closed):
         return True
@@ -125,7 +127,6 @@ def _interacting(structure: Structure, reading: Reading, blocks: list[Block]) ->
         return True  # a location's prior is weighed against the scale
     profiled = {u.site.name for b in closed if b.partners for u in b.uses}
     sites = {u.site.name: u.site for b in closed for u in b.uses}
-    moving = frozenset(b.name for b in closed)
     return any(not _separable(site, moving) for n, site in sites.items() if n not in profiled)
 
 
