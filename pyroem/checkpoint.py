@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyroem.accelerate import Trail
 from pyroem.batch import at
-from pyroem.errors import ModelError, PyroemError, SettingError
+from pyroem.errors import PyroemError, SettingError
 from pyroem.loop import NOISE, Course, Outcome, Rule, State, Status
 from pyroem.mstep.update import Expected
 from pyroem.problem import Problem
@@ -209,7 +209,7 @@ class Journal:
         params, value = stored["point"]["params"], stored["point"]["log_joint"]
         if params is None:
             return
-        found = _objective(self.problem if self.solver.exact else self.problem.sample, params)
+        found = sum((self.problem if self.solver.exact else self.problem.sample).parts(params))
         noise = NOISE[self.problem.structure.program.dtype]
         if not abs(found - value) <= noise * max(1.0, abs(value)):
             raise SettingError(
@@ -281,7 +281,7 @@ class Journal:
             return None, math.nan
         if self.solver.exact:
             return states[0].params, states[0].log_joint
-        return states[0].params, _objective(self.problem.sample, states[0].params)
+        return states[0].params, sum(self.problem.sample.parts(states[0].params))
 
     # -- what the fit tells and asks
 
@@ -353,11 +353,3 @@ class Journal:
 def _bare(outcome: Outcome) -> Outcome:
     """Without what only a next step would need."""
     return replace(outcome, state=replace(outcome.state, memory=None))
-
-
-def _objective(problem: Problem, params: Params) -> float:
-    with torch.no_grad():
-        try:
-            return float(sum(problem.log_joint(params)))
-        except (ModelError, torch.linalg.LinAlgError):
-            return math.nan

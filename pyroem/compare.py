@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -164,9 +163,9 @@ def compare(
     """Fit one program with several solvers, each from the same start (or starts).
 
     Every fit is judged on the same ``log_joint``, in the highest precision that any of the solvers
-    has. Seconds and passes are those of the iterations
-    from the start on; reading the program and finding the start are shared and not counted. An
-    interrupt (Ctrl-C) ends the comparison with the fits so far.
+    has. Seconds and passes are those of the iterations from the start on; reading the program and
+    finding the start are shared and not counted. An interrupt (Ctrl-C) ends the comparison with the
+    fits so far.
 
     Raises:
     ------
@@ -225,12 +224,9 @@ def _value(fit: Fit, problem: Problem) -> tuple[float, float]:
     dtype = problem.structure.program.dtype
     if fit.problem.structure.program.dtype == dtype:
         return fit.log_joint, fit.log_likelihood
-    with isolated(dtype, 0), torch.no_grad():
-        try:
-            log_likelihood, log_prior = problem.log_joint(_cast(fit.params, dtype))
-        except (ModelError, torch.linalg.LinAlgError):
-            return math.nan, math.nan
-    return float(log_likelihood + log_prior), float(log_likelihood)
+    with isolated(dtype, 0):
+        log_likelihood, log_prior = problem.parts(_cast(fit.params, dtype))
+    return log_likelihood + log_prior, log_likelihood
 
 
 def _row(name: str, fit: Fit, best: Fit, value: tuple[float, float], highest: float) -> Row:

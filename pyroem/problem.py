@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,7 +25,7 @@ from pyroem.mstep.plan import Plan, Rung, make_plan
 from pyroem.mstep.scales import variance_floors
 from pyroem.mstep.update import THOROUGH, Expected, m_step
 from pyroem.reading import read
-from pyroem.sampling import leading_size, sample_rows, take
+from pyroem.sampling import has_rows, leading_size, sample_rows, take
 from pyroem.streaming import Streamed, sampled
 from pyroem.structure import Params, Structure
 from pyroem.symmetry import StateGroup, state_groups
@@ -96,6 +97,15 @@ class Problem:
     def log_joint(self, params: Params) -> tuple[Tensor, Tensor]:
         """Log-likelihood and log prior at ``params``, differentiable."""
         return self.engine.log_joint(params)
+
+    def parts(self, params: Params) -> tuple[float, float]:
+        """Log-likelihood and log prior as numbers; NaN where the program cannot run."""
+        with torch.no_grad():
+            try:
+                log_likelihood, log_prior = self.log_joint(params)
+            except (ModelError, torch.linalg.LinAlgError):
+                return math.nan, math.nan
+        return float(log_likelihood), float(log_prior)
 
     def chunks_of(
         self, params: Params, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -276,7 +286,7 @@ def _pose_blocks(
     size, states = SAMPLE, 0
     while True:
         rows, data, own = sampled(given, rest, size, dtype, row_weights)
-        if rows > size and any(_is_row_wise(x, rows) for x in tree_leaves(rest)):
+        if rows > size and any(has_rows(x, rows) for x in tree_leaves(rest)):
             raise DataError(
                 f"Data in blocks: an argument beside the blocks has {rows} rows too. Put it into"
                 " the blocks: pyroem.blocks((x, y))."
@@ -303,7 +313,8 @@ def _pose_blocks(
     return replace(small, structure=whole, row_weights=row_weights, engine=engine, smaller=small)
 
 
-def _numbers(weights: Any, dtype: torch.dtype) -> Tensor:
+def numbers_of(weights: Any, dtype: torch.dtype) -> Tensor:
+    """Row weights as a tensor."""
     try:
         return torch.as_tensor(weights).to(dtype)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -315,7 +326,7 @@ def _numbers(weights: Any, dtype: torch.dtype) -> Tensor:
 
 def weights_of(weights: Any, rows: int | None, dtype: torch.dtype) -> Tensor:
     """Row weights as a vector, of as many elements as there are rows (where that is known)."""
-    tensor = _numbers(weights, dtype)
+    tensor = numbers_of(weights, dtype)
     if tensor.dim() != 1 or rows not in (None, len(tensor)):
         size = "" if rows is None else f" ({rows},)"
         raise DataError(
@@ -350,15 +361,11 @@ def plan_with_kernel(
     return plan, mixture
 
 
-def _is_row_wise(x: Any, rows: int) -> bool:
-    return isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == rows
-
-
 def check_weights(weights: Any, structure: Structure) -> Tensor:
     """Row weights as a tensor over the rows' plates."""
     if not structure.unit:
         raise SettingError("weights: the program has no plate of independent rows to weigh.")
-    tensor = _numbers(weights, structure.program.dtype)
+    tensor = numbers_of(weights, structure.program.dtype)
     if tuple(tensor.shape) != structure.unit_shape:
         plates = ", ".join(f"'{p}'" for p in structure.unit)
         raise DataError(

@@ -9,19 +9,26 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 
+def leading_sizes(data: Any) -> list[int]:
+    """The first dim of every tensor in ``data`` (nested arguments)."""
+    return [x.shape[0] for x in tree_leaves(data) if isinstance(x, Tensor) and x.dim()]
+
+
 def leading_size(data: Any) -> int:
-    """The largest first dim of any tensor in ``data`` (nested arguments): the likely rows."""
-    sizes = [x.shape[0] for x in tree_leaves(data) if isinstance(x, Tensor) and x.dim()]
-    return max(sizes, default=0)
+    """The largest first dim of any tensor in ``data``: the likely rows."""
+    return max(leading_sizes(data), default=0)
+
+
+def has_rows(x: Any, rows: int) -> bool:
+    """Whether ``x`` is a tensor whose first dim is ``rows``."""
+    return isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == rows
 
 
 def take(data: Any, index: Tensor, rows: int) -> Any:
     """``data`` with the rows ``index`` of every tensor whose first dim is ``rows``."""
 
     def cut(x: Any) -> Any:
-        if isinstance(x, Tensor) and x.dim() and x.shape[0] == rows:
-            return x[index.to(x.device)]
-        return x
+        return x[index.to(x.device)] if has_rows(x, rows) else x
 
     return tree_map(cut, data)
 

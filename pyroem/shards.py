@@ -24,6 +24,7 @@ from pyroem.problem import (
     SAMPLE,
     Problem,
     check_weights,
+    numbers_of,
     plan_with_kernel,
     problem_of,
     standing_for,
@@ -133,12 +134,7 @@ class Shard:
         if not weighted:
             return self.rows, self.rows, float(self.rows)
         weights = torch.ones(self.rows) if self.given is None else self.given
-        try:
-            weights = torch.as_tensor(weights).to(self.dtype)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise DataError(
-                f"weights: expected {self.rows} numbers, got {self.given!r:.80}."
-            ) from error
+        weights = numbers_of(weights, self.dtype)
         if tuple(weights.shape) != (self.rows,):
             raise DataError(
                 f"weights: expected shape ({self.rows},), one for each row of this process, got"

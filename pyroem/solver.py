@@ -14,7 +14,7 @@ import torch
 from pyroem._pyro import isolated
 from pyroem.checkpoint import Journal, identity, in_words
 from pyroem.distributed import Ranks, ranks_of, together
-from pyroem.errors import ModelError, SettingError
+from pyroem.errors import SettingError
 from pyroem.fit import Fit
 from pyroem.interrupt import deferred, pause_point, pressed
 from pyroem.loop import Outcome, Restart, Rule, State, Status, iterate, rank
@@ -127,7 +127,7 @@ class Solver:
         """Whether a step that lowers the objective is an error."""
         raise NotImplementedError
 
-    out_of_iterations: ClassVar[str] = ""  # what to say of that
+    out_of_iterations: ClassVar[str] = ""  # what to say where they ran out
     exact: ClassVar[bool] = True  # whether State.log_joint is the objective at State.params
 
     @property
@@ -421,21 +421,11 @@ def _rank(run: Outcome) -> tuple[bool, bool, float]:
     return rank(run.status, run.state.log_joint)
 
 
-def _parts(problem: Problem, params: Params) -> tuple[float, float]:
-    """The log-likelihood and the log prior; NaN where the program cannot run."""
-    with torch.no_grad():
-        try:
-            log_likelihood, log_prior = problem.log_joint(params)
-        except (ModelError, torch.linalg.LinAlgError):
-            return math.nan, math.nan
-    return float(log_likelihood), float(log_prior)
-
-
 def _finish(
     problem: Problem, solver: Solver, start: Start, run: Outcome, runs: tuple[Outcome, ...]
 ) -> Fit:
     params = {n: v.detach().clone() for n, v in run.state.params.items()}
-    log_likelihood, log_prior = run.parts or _parts(problem, params)
+    log_likelihood, log_prior = run.parts or problem.parts(params)
     restarts = tuple(Restart(r.state.log_joint, r.status, len(r.history) - 1) for r in runs)
     return Fit(
         params,

@@ -104,7 +104,7 @@ class StepwiseEM(Solver):
             )
 
     def begin(self, problem: Problem, params: Params) -> State:
-        """EM on a sample, where there is one; its objective, as if the sample were all rows."""
+        """EM on a sample, where there is one, whose rows stand for all."""
         small, value = problem.sample, -math.inf
         for _ in range(WARM_UP if problem.smaller is not None else 0):
             expected, log_prior = small.e_step(params)
@@ -112,9 +112,7 @@ class StepwiseEM(Solver):
             if not value - before > CALM * small.rows:
                 break
             params = small.m_step(params, expected, effort=QUICK)
-        log_likelihood, log_prior = small.log_joint(params)
-        value = float(log_likelihood * (problem.rows / small.rows) + log_prior)
-        return State(params, value, 0, None)
+        return State(params, float(sum(small.log_joint(params))), 0, None)
 
     def step(self, problem: Problem, state: State) -> State:
         """One pass over the mini-batches."""

@@ -14,7 +14,7 @@ from pyroem.blocks import Blocks
 from pyroem.errors import DataError
 from pyroem.estep.kernel import Rows
 from pyroem.estep.mixture import Mixture
-from pyroem.sampling import leading_size, sample_rows, take
+from pyroem.sampling import leading_size, leading_sizes, sample_rows, take
 from pyroem.structure import Structure
 from pyroem.whole import whole_data
 
@@ -105,7 +105,7 @@ def rows_of(
 def block_data(block: tuple[Any, ...], number: int, dtype: torch.dtype) -> tuple[Any, ...]:
     """The arguments of a block as tensors, all of as many rows."""
     args: tuple[Any, ...] = as_data(tuple(block), dtype)
-    sizes = [x.shape[0] for x in tree_leaves(args) if isinstance(x, Tensor) and x.dim()]
+    sizes = leading_sizes(args)
     if len(set(sizes)) > 1:
         raise DataError(
             f"Block {number}: its arguments have {', '.join(map(str, sizes))} rows; all must have"

@@ -72,7 +72,6 @@ def judge(problem: Problem, solver: Judged, start: Start, outcome: Outcome) -> O
         message = f"states {pairs[0][0]} and {pairs[0][1]} of '{z}' ended alike"
         gain = escape(small, params) - float(sum(small.log_joint(params)))
         if gain > SADDLE * small.rows:
-            gain *= problem.rows / small.rows
             message += f"; moving them apart raises the objective by about {gain:.3g}"
             return replace(outcome, status=Status.SYMMETRIC, message=message)
         return replace(outcome, message=f"{message}: fewer states may do")

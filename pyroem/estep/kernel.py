@@ -354,8 +354,8 @@ def posteriors(
     """For each block the posterior of each group's joint states (states by rows), the rows'
     log-likelihoods and their weights.
     """
-    found, scratch = coefficients(mixture, params, rows.cached is not None), Scratch()
-    found = found.to(rows.device)
+    found = coefficients(mixture, params, rows.cached is not None).to(rows.device)
+    scratch = Scratch()
     for start, stop in rows.blocks():
         by_row = rows.measure_of(start, stop)
         joints = []

@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from pyro import distributions as dist
 from torch import Tensor
 from torch.distributions import TransformedDistribution
 
+from pyroem._pyro import unwrap
 from pyroem.errors import SettingError
 from pyroem.families.forms import Coefficients, Form
 
@@ -176,25 +176,20 @@ def family_of(distribution: Any) -> Family | None:
     found = _REGISTRY.get(type(distribution))
     if found is not None or not isinstance(distribution, TransformedDistribution):
         return found
-    inner = distribution.base_dist
-    while isinstance(inner, dist.ExpandedDistribution):
-        inner = inner.base_dist
+    inner, events, masks = unwrap(distribution.base_dist)
     base = family_of(inner)
     elementwise = all(
         t.bijective and t.domain.event_dim == t.codomain.event_dim == 0
         for t in distribution.transforms
     )
-    if base is None or base.base_measure is None or base.transform is not None or not elementwise:
+    if base is None or base.base_measure is None or base.transform is not None:
         return None
-    return _transformed(base)
+    return _transformed(base) if elementwise and not events and not masks else None
 
 
 def _transformed(base: Family) -> Family:
     def inner(d: Any) -> Any:
-        d = d.base_dist
-        while isinstance(d, dist.ExpandedDistribution):
-            d = d.base_dist
-        return d
+        return unwrap(d.base_dist)[0]
 
     def back(d: Any, x: Tensor) -> Tensor:
         for t in reversed(d.transforms):

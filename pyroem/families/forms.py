@@ -59,11 +59,9 @@ def _solve(b: Tensor, a: Tensor) -> Tensor:
     Not by LU factors: from 150 columns on torch gets batches of them wrong, or hangs, where it has
     several threads and MKL (2.5 to 2.13 at least: github.com/pytorch/pytorch/issues/141358).
     """
-    good = _definite(a)
-    eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
-    factor = torch.linalg.cholesky(torch.where(good[..., None, None], a, eye))
-    solution = torch.cholesky_solve(b.unsqueeze(-1), factor).squeeze(-1)
-    return torch.where(good[..., None], solution, torch.nan)
+    column = b.unsqueeze(-1)
+    solution = _guarded(a, lambda m: torch.cholesky_solve(column, torch.linalg.cholesky(m)))
+    return solution.squeeze(-1)
 
 
 def _zeros(x: Tensor) -> Tensor:

@@ -9,11 +9,11 @@ import math
 import torch
 from pyro import distributions as dist
 from torch import Tensor
-from torch.distributions.utils import probs_to_logits
 from torch.distributions.von_mises import _log_modified_bessel_fn as log_bessel
 from torch.nn.functional import logsigmoid
 
 from pyroem.families import Arguments, Coordinate, Family, Statistics, flat, forms, register_family
+from pyroem.families.coordinates import probabilities, rates, scales
 
 LOG_2PI, LOG_HALF_PI = math.log(2 * math.pi), math.log(0.5 * math.pi)
 
@@ -51,11 +51,7 @@ _GAMMA = (
         _gamma_shape,
         profile=Coordinate("concentration", "concentration", forms.PROFILE_SHAPE, _gamma_profile),
     ),
-    Coordinate("rate", "rate", forms.RATE, _gamma_rate),
-    Coordinate(
-        "scale", "rate", forms.INVERSE_RATE, _gamma_rate, torch.reciprocal, torch.reciprocal
-    ),
-    Coordinate("log rate", "rate", forms.LOG_RATE, _gamma_rate, torch.log, torch.exp),
+    *rates(_gamma_rate, "scale"),
 )
 
 register_family(
@@ -91,10 +87,6 @@ def _half_scale(s: Statistics, w: Tensor, args: Arguments) -> tuple[Tensor, Tens
     return torch.broadcast_tensors(w, 0.5 * s[0])
 
 
-def _half_variance(s: Statistics, w: Tensor, args: Arguments) -> tuple[Tensor, Tensor]:
-    return torch.broadcast_tensors(0.5 * w, 0.5 * s[0])
-
-
 register_family(
     dist.HalfNormal,
     Family(
@@ -108,26 +100,7 @@ register_family(
             args["scale"].log() + 0.5 * LOG_HALF_PI,
         ),
         base_measure=flat,
-        coordinates=(
-            Coordinate("scale", "scale", forms.SCALE, _half_scale),
-            Coordinate(
-                "variance",
-                "scale",
-                forms.INVERSE_RATE,
-                _half_variance,
-                lambda scale: scale**2,
-                lambda variance: variance.sqrt(),
-            ),
-            Coordinate(
-                "precision",
-                "scale",
-                forms.RATE,
-                _half_variance,
-                lambda scale: scale**-2,
-                lambda precision: precision.rsqrt(),
-            ),
-            Coordinate("log scale", "scale", forms.LOG_SCALE, _half_scale, torch.log, torch.exp),
-        ),
+        coordinates=scales(_half_scale),
     ),
 )
 
@@ -241,16 +214,6 @@ register_family(
         lambda args, s, w: w * logsigmoid(args["logits"]) + s[0] * logsigmoid(-args["logits"]),
         natural=lambda args: ((logsigmoid(-args["logits"]),), -logsigmoid(args["logits"])),
         base_measure=flat,
-        coordinates=(
-            Coordinate(
-                "probs",
-                "logits",
-                forms.PROBABILITY,
-                _trials,
-                torch.sigmoid,
-                lambda p: probs_to_logits(p, is_binary=True),
-            ),
-            Coordinate("logits", "logits", forms.LOGIT, _trials),
-        ),
+        coordinates=probabilities(_trials),
     ),
 )

@@ -9,9 +9,10 @@ import torch
 from pyro import distributions as dist
 from torch import Tensor
 from torch.distributions.utils import logits_to_probs, probs_to_logits
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid
 
 from pyroem.families import Arguments, Coordinate, Family, Statistics, flat, forms, register_family
+from pyroem.families.coordinates import probabilities, rates, scales
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -46,11 +47,6 @@ def _scale_coefficients(s: Statistics, w: Tensor, args: Arguments) -> tuple[Tens
     return w.expand_as(squares), 0.5 * squares
 
 
-def _half_coefficients(s: Statistics, w: Tensor, args: Arguments) -> tuple[Tensor, Tensor]:
-    weight, half_squares = _scale_coefficients(s, w, args)
-    return 0.5 * weight, half_squares
-
-
 def _normal_location(s: Statistics, w: Tensor, args: Arguments) -> tuple[Tensor, Tensor]:
     precision = args["scale"] ** -2
     return s[0] * precision, w * precision
@@ -70,40 +66,7 @@ register_family(
         variance=lambda args: args["scale"] ** 2,
         coordinates=(
             Coordinate("loc", "loc", forms.LOCATION, _normal_location),
-            Coordinate(
-                "scale",
-                "scale",
-                forms.SCALE,
-                _scale_coefficients,
-                clip=lambda t, floor: torch.maximum(t, floor.sqrt()),
-            ),
-            Coordinate(
-                "variance",
-                "scale",
-                forms.INVERSE_RATE,
-                _half_coefficients,
-                lambda scale: scale**2,
-                lambda variance: variance.sqrt(),
-                clip=torch.maximum,
-            ),
-            Coordinate(
-                "precision",
-                "scale",
-                forms.RATE,
-                _half_coefficients,
-                lambda scale: scale**-2,
-                lambda precision: precision.rsqrt(),
-                clip=lambda t, floor: torch.minimum(t, 1 / floor),
-            ),
-            Coordinate(
-                "log scale",
-                "scale",
-                forms.LOG_SCALE,
-                _scale_coefficients,
-                torch.log,
-                torch.exp,
-                clip=lambda t, floor: torch.maximum(t, floor.log() / 2),
-            ),
+            *scales(_scale_coefficients),
         ),
     ),
 )
@@ -216,42 +179,27 @@ register_family(
 # given number r of failures: T(x) = (x, r).
 
 
-def _softplus(x: Tensor) -> Tensor:
-    """``log(1 + exp(x))`` to the last digit: torch's own takes it for ``x`` from 20 on."""
-    return softplus(x, threshold=40)
-
-
 def _outcomes(s: Statistics, w: Tensor, args: Arguments) -> tuple[Tensor, Tensor]:
     """Successes and failures."""
     return s[0], (w - s[0]).clamp(min=0) if len(s) == 1 else s[1]
 
 
-_SUCCESS = (
-    Coordinate(
-        "probs",
-        "logits",
-        forms.PROBABILITY,
-        _outcomes,
-        torch.sigmoid,
-        lambda p: probs_to_logits(p, is_binary=True),
-    ),
-    Coordinate("logits", "logits", forms.LOGIT, _outcomes),
-)
+_SUCCESS = probabilities(_outcomes)
 
 
 def _binary_log_density(args: Arguments, s: Statistics, w: Tensor) -> Tensor:
     logits = args["logits"]
     successes, failures = (s[0], w - s[0]) if len(s) == 1 else s
-    return -successes * _softplus(-logits) - failures * _softplus(logits) + 0 * w
+    return successes * logsigmoid(logits) + failures * logsigmoid(-logits) + 0 * w
 
 
 def _bernoulli_natural(args: Arguments) -> tuple[Statistics, Tensor]:
-    return (args["logits"],), _softplus(args["logits"])
+    return (args["logits"],), -logsigmoid(-args["logits"])
 
 
 def _binomial_natural(args: Arguments) -> tuple[Statistics, Tensor]:
     logits = args["logits"]
-    return (-_softplus(-logits), -_softplus(logits)), torch.zeros_like(logits)
+    return (logsigmoid(logits), logsigmoid(-logits)), torch.zeros_like(logits)
 
 
 def _choose(d: dist.Binomial, x: Tensor) -> Tensor:
@@ -388,12 +336,7 @@ register_family(
         lambda args, s, w: torch.xlogy(s[0], args["rate"]) - w * args["rate"],
         natural=lambda args: ((args["rate"].log(),), args["rate"]),
         base_measure=lambda d, x: -torch.lgamma(x + 1),
-        coordinates=(
-            Coordinate("rate", "rate", forms.RATE, _poisson_coefficients),
-            Coordinate(
-                "log rate", "rate", forms.LOG_RATE, _poisson_coefficients, torch.log, torch.exp
-            ),
-        ),
+        coordinates=rates(_poisson_coefficients),
     ),
 )
 register_family(
@@ -404,19 +347,6 @@ register_family(
         lambda args, s, w: torch.xlogy(w, args["rate"]) - s[0] * args["rate"],
         natural=lambda args: ((-args["rate"],), -args["rate"].log()),
         base_measure=flat,
-        coordinates=(
-            Coordinate("rate", "rate", forms.RATE, _exponential_coefficients),
-            Coordinate(
-                "mean",
-                "rate",
-                forms.INVERSE_RATE,
-                _exponential_coefficients,
-                torch.reciprocal,
-                torch.reciprocal,
-            ),
-            Coordinate(
-                "log rate", "rate", forms.LOG_RATE, _exponential_coefficients, torch.log, torch.exp
-            ),
-        ),
+        coordinates=rates(_exponential_coefficients, "mean"),
     ),
 )

@@ -35,14 +35,17 @@ def maximise(
     and the objective per row, which brings the gradient to order one.
     """
     raw = to_search(parameters, params, steps)
-    if sum(v.numel() for v in raw.values()) <= few:
 
-        def of(values: Params) -> Tensor:
-            return objective(from_search(parameters, values, steps)) / rows
+    def of(values: Params) -> Tensor:
+        return objective(from_search(parameters, values, steps)) / rows
 
-        point, done = _newton(of, raw, max_iter)
+    def back(values: Params) -> Params:
         with torch.no_grad():
-            params = {n: v.detach() for n, v in from_search(parameters, point, steps).items()}
+            return {n: v.detach() for n, v in from_search(parameters, values, steps).items()}
+
+    if sum(v.numel() for v in raw.values()) <= few:
+        point, done = _newton(of, raw, max_iter)
+        params = back(point)
         if done:
             return params
         raw = to_search(parameters, params, steps)
@@ -58,7 +61,7 @@ def maximise(
 
     def loss() -> Tensor:
         optimiser.zero_grad()
-        value = -objective(from_search(parameters, raw, steps)) / rows
+        value = -of(raw)
         if value.requires_grad:
             value.backward()
         return value
@@ -66,8 +69,8 @@ def maximise(
     try:
         with torch.enable_grad():
             optimiser.step(loss)
+        found = back(raw)
         with torch.no_grad():
-            found = {n: v.detach() for n, v in from_search(parameters, raw, steps).items()}
             before, after = objective(params), objective(found)
     except (ModelError, torch.linalg.LinAlgError):
         return params  # the search strayed to where the program cannot run
@@ -80,7 +83,7 @@ def _newton(objective: Objective, start: Params, max_iter: int) -> tuple[Params,
     Exact second derivatives cost one pass backwards for each coordinate.
     """
     sizes = [v.numel() for v in start.values()]
-    point = torch.cat([v.detach().reshape(-1) for v in start.values()])
+    point = torch.cat([v.detach().reshape(-1) for v in start.values()]).requires_grad_()
 
     def shaped(flat: Tensor) -> Params:
         parts = zip(start.items(), flat.split(sizes), strict=True)
@@ -88,19 +91,18 @@ def _newton(objective: Objective, start: Params, max_iter: int) -> tuple[Params,
 
     try:
         with torch.enable_grad():
+            value = objective(shaped(point))
             for _ in range(max_iter):
-                leaf = point.clone().requires_grad_()
-                value = objective(shaped(leaf))
-                (slope,) = torch.autograd.grad(value, leaf, create_graph=True)
+                (slope,) = torch.autograd.grad(value, point, create_graph=True)
                 if not slope.requires_grad:
                     break
                 curvature = torch.stack(
                     [
-                        torch.autograd.grad(s, leaf, retain_graph=True, materialize_grads=True)[0]
+                        torch.autograd.grad(s, point, retain_graph=True, materialize_grads=True)[0]
                         for s in slope
                     ]
                 )
-                slope, value = slope.detach(), value.detach()
+                slope = slope.detach()
                 curvature = -(curvature + curvature.T) / 2
                 # Along a ridge (of a sum, only the terms' differences count) no step is taken.
                 curvature.diagonal().add_(RIDGE * curvature.diagonal().abs().max())
@@ -109,16 +111,17 @@ def _newton(objective: Objective, start: Params, max_iter: int) -> tuple[Params,
                     break  # not curved downwards here
                 step = torch.cholesky_solve(slope.unsqueeze(-1), factor).squeeze(-1)
                 gain = float(slope @ step)
-                with torch.no_grad():
-                    for _ in range(HALVINGS):
-                        if objective(shaped(point + step)) >= value:
-                            break
-                        step = step / 2
-                    else:
-                        return shaped(point), gain <= STUCK
-                point = point + step
+                for _ in range(HALVINGS):
+                    ahead = (point.detach() + step).requires_grad_()
+                    reached = objective(shaped(ahead))
+                    if reached >= value:
+                        break
+                    step = step / 2
+                else:
+                    return shaped(point.detach()), gain <= STUCK
+                point, value = ahead, reached
                 if gain <= SETTLED:
-                    return shaped(point), True
+                    return shaped(point.detach()), True
     except (ModelError, torch.linalg.LinAlgError, RuntimeError):
         pass  # the program cannot run there, or cannot be differentiated twice
-    return shaped(point), False
+    return shaped(point.detach()), False

@@ -59,7 +59,7 @@ def make_plan(structure: Structure, fixed: Iterable[str] = ()) -> Plan:
             blocks[name] = Block(name, Rung.FIXED, "held at its start, as asked")
         else:
             blocks[name] = _place(structure, reading, parameter)
-    blocks = {n: _with_partners(structure, reading, b, blocks) for n, b in blocks.items()}
+    blocks = {n: _with_partners(structure, b, blocks) for n, b in blocks.items()}
     # Locations and profiles first: what is then found around them is exact.
     order = sorted(blocks.values(), key=lambda b: not (b.partners or _is_location(b)))
     blocks = {b.name: b for b in order}
@@ -67,34 +67,29 @@ def make_plan(structure: Structure, fixed: Iterable[str] = ()) -> Plan:
     return Plan(structure, reading, blocks, _interacting(structure, reading, order), steps)
 
 
-def _with_partners(
-    structure: Structure, reading: Reading, block: Block, blocks: dict[str, Block]
-) -> Block:
+def _with_partners(structure: Structure, block: Block, blocks: dict[str, Block]) -> Block:
     """The block with the parameters that follow it freely, where its coordinate has a profile."""
-    if block.rung is not Rung.CLOSED_FORM or len(block.uses) != 1:
+
+    def alone_and_free(name: str) -> bool:
+        closed = blocks[name].rung is Rung.CLOSED_FORM and len(blocks[name].uses) == 1
+        return closed and not structure.parameters[name].has_prior
+
+    if not alone_and_free(block.name) or block.uses[0].coordinate.profile is None:
         return block
     (use,) = block.uses
-    arguments = reading.sites[use.site.name].arguments
-    own = arguments[use.coordinate.argument]
-    others = [a for a in arguments.values() if a is not own]
-    if (
-        use.coordinate.profile is None
-        or structure.parameters[block.name].has_prior
-        or (len(others) != 1)
-    ):
+    own = use.site.arguments[use.coordinate.argument]
+    others = [a for a in use.site.arguments.values() if a is not own]
+    partners = frozenset().union(*(a.parameters for a in others))
+    if len(others) != 1 or not partners or block.name in partners:
         return block
-    (other,) = others
-    if own.selection is None or other.selection is None or other.selection.constants.numel():
+    few, many = own.selection, others[0].selection
+    if few is None or many is None or many.constants.numel():
         return block
-    for name in other.parameters:
-        closed = blocks[name].rung is Rung.CLOSED_FORM and len(blocks[name].uses) == 1
-        if not closed or structure.parameters[name].has_prior or name == block.name:
-            return block
-    if not other.parameters or not _one_each(other.selection.index, own.selection.index):
+    if not all(map(alone_and_free, partners)) or not _one_each(many.index, few.index):
         return block
-    names = "', '".join(sorted(other.parameters))
+    names = "', '".join(sorted(partners))
     reason = f"{block.reason}, with '{names}' at its maximum"
-    return replace(block, partners=other.parameters, reason=reason)
+    return replace(block, partners=partners, reason=reason)
 
 
 def _one_each(many: Tensor, few: Tensor) -> bool:

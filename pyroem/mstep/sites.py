@@ -326,12 +326,13 @@ def _read_site(
 ) -> SiteModel | None:
     nodes = [t.trace.nodes[name] for t in traces]
     base, events, _ = unwrap(nodes[0]["fn"])
+    bases = (base, unwrap(nodes[1]["fn"])[0])
     family = family_of(base)
     value = nodes[0]["value"]
     if family is None or name in structure.parameters or not _same(value, nodes[1]["value"]):
         return None
     if family.transform is not None:
-        seen = [family.transform(unwrap(n["fn"])[0], value) for n in nodes]
+        seen = [family.transform(b, value) for b in bases]
         if not _same(*seen):
             return None  # the transform depends on a parameter
         value = seen[0]
@@ -342,7 +343,7 @@ def _read_site(
     shape = tuple(torch.broadcast_shapes(batch, own, mask.shape if mask is not None else ()))
     rank = len(shape)
     try:
-        canonical = [family.arguments(unwrap(n["fn"])[0]) for n in nodes]
+        canonical = [family.arguments(b) for b in bases]
     except AttributeError as error:
         raise ModelError(f"Site '{name}': the family of {type(base).__name__}: {error}") from error
     others = {p: family.arguments(unwrap(t.trace.nodes[name]["fn"])[0]) for p, t in moved.items()}
@@ -364,7 +365,7 @@ def _read_site(
     mask = None if mask is None else pad(mask.to(x.dtype), rank, 0)
     centre = None if family.location is None else torch.zeros((), dtype=x.dtype)  # see _scaled
     data = Recorded(family, base, x, rank, unit_dims)
-    again = Recorded(family, unwrap(nodes[1]["fn"])[0], x, rank, unit_dims)
+    again = replace(data, base=bases[1])
     if not all(_same(a, b) for a, b in zip(data.few, again.few, strict=True)):
         return None  # they depend on a parameter: a number of trials, say
     return SiteModel(name, family, shape, events, arguments, data, mask, centre, None, unit_dims)

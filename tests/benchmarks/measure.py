@@ -42,7 +42,7 @@ def fit(side: str, rows: int, columns: int, states: int, iterations: int) -> dic
 
 def mapped(rows: int, columns: int, states: int, iterations: int) -> dict[str, Any]:
     """A fit of a file: copies of a part of the rows, so that the part alone must give the same."""
-    part, _ = gaussian_rows(min(rows, 1_000_000), columns, states)
+    part, start = gaussian_rows(min(rows, 1_000_000), columns, states)
     with tempfile.TemporaryDirectory() as folder:
         path, copies = Path(folder) / "rows.npy", rows // len(part)
         shape = (copies * len(part), columns)
@@ -52,7 +52,6 @@ def mapped(rows: int, columns: int, states: int, iterations: int) -> dict[str, A
         file.flush()
         del file, part
         Path("/proc/self/clear_refs").write_text("5")
-        _, start = gaussian_rows(1000, columns, states)
         em = exactly(iterations)
         run = run_pyroem(em, full_gaussian(states), np.load(path, mmap_mode="r"), init=start)
         resident = bytes_of("VmHWM")
@@ -64,17 +63,17 @@ def mapped(rows: int, columns: int, states: int, iterations: int) -> dict[str, A
 def main() -> None:
     task = json.loads(sys.argv[1])
     torch.set_num_threads(THREADS)
-    if task["side"] == "file":
-        del task["side"]
+    side = task.pop("side")
+    if side == "file":
         print(json.dumps(mapped(**task)))
         return
-    fit(**{**task, "rows": 1000})  # imports, thread pools and libraries' buffers
+    fit(side, **{**task, "rows": 1000})  # imports, thread pools and libraries' buffers
     # A fit that needs more than the machine has is to fail, not to drive others out.
     room = int(0.8 * bytes_of("MemAvailable", "/proc/meminfo"))
     limit = bytes_of("VmSize") + room
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     try:
-        print(json.dumps(fit(**task)))
+        print(json.dumps(fit(side, **task)))
     except Exception as error:  # torch's own is a RuntimeError, which pyroem explains
         if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
             raise
