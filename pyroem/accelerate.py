@@ -25,8 +25,8 @@ from torch.distributions import constraints
 
 from pyroem.errors import ModelError
 from pyroem.loop import State, movement
-from pyroem.mstep.plan import interval_of
-from pyroem.mstep.update import Expected
+from pyroem.mstep.intervals import interval_of
+from pyroem.mstep.runs import Expected
 from pyroem.problem import Problem
 from pyroem.structure import Parameter, Params
 

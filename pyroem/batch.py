@@ -14,7 +14,8 @@ from pyroem.estep.layout import Layout
 from pyroem.estep.mixture import Assigned, Group, Mixture
 from pyroem.mstep.copies import copied, copyable
 from pyroem.mstep.plan import Plan
-from pyroem.mstep.update import QUICK, Expected, m_step
+from pyroem.mstep.runs import Expected
+from pyroem.mstep.update import QUICK, m_step
 from pyroem.problem import Problem
 from pyroem.structure import Params
 

@@ -18,7 +18,7 @@ from pyroem.accelerate import Trail
 from pyroem.batch import at
 from pyroem.errors import PyroemError, SettingError
 from pyroem.loop import NOISE, Course, Outcome, Rule, State, Status
-from pyroem.mstep.update import Expected
+from pyroem.mstep.runs import Expected
 from pyroem.problem import Problem
 from pyroem.starts import Start, Starts
 from pyroem.statistics import SiteStatistics
@@ -80,7 +80,7 @@ def identity(solver: Any, problem: Problem, init: Any, restarts: int, seed: int)
     structure = problem.structure
     shapes = {n: p.shape for n, p in structure.parameters.items()}
     settings = {f.name: getattr(solver, f.name) for f in fields(solver) if f.name not in FREE}
-    settings["fixed"] = sorted(settings["fixed"])  # a set has another order in each process
+    settings["fixed"] = sorted(map(str, settings["fixed"]))  # a set has any order
     return {
         "the solver": type(solver).__qualname__,
         **{key: _words(value) for key, value in settings.items()},

@@ -192,7 +192,7 @@ def compare(
         for name, solver in chosen.items():
             key = (solver.dtype, solver.fixed, solver.floor, solver.engine, str(solver.device))
             if key not in problems:
-                problems[key] = solver.pose(model, args, kwargs, weights)
+                problems[key] = solver.pose(model, args, kwargs, weights, init=init)
             problem = problems[key]
             solver.check(problem)
             with isolated(solver.dtype, seed):

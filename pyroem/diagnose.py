@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyroem.mstep.update import Expected
+from pyroem.mstep.runs import Expected
+from pyroem.mstep.sites import SiteModel
 from pyroem.problem import Problem
 from pyroem.structure import Params, from_search, to_search
 
@@ -27,11 +28,11 @@ def collapsed(problem: Problem, params: Params, margin: float = MARGIN) -> list[
             moved = moved.flatten(-block.form.event_dim).any(-1)
         covered.update(use.site.name for use in block.uses)
         if moved.any():
-            spread = block.uses[0].site.name
+            site = block.uses[0].site
             messages.append(
-                f"{_where(name, moved)} (the spread of site '{spread}') ran to its floor"
+                f"{_where(name, moved)} (the spread of {site.title}) ran to its floor{_hint(site)}"
             )
-    for site in problem.plan.reading.sites.values():
+    for site in problem.plan.reading.places:
         if site.family.variance is None or site.scale is None or site.name in covered:
             continue
         if any(a.selection is None for a in site.arguments.values()):
@@ -41,9 +42,19 @@ def collapsed(problem: Problem, params: Params, margin: float = MARGIN) -> list[
         if low.any():
             names = sorted({p for a in site.arguments.values() for p in a.parameters})
             messages.append(
-                f"the variance of site '{site.name}' ran to zero (it depends on {', '.join(names)})"
+                f"the variance of {site.title} ran to zero (it depends on {', '.join(names)})"
+                f"{_hint(site)}"
             )
     return messages
+
+
+def _hint(site: SiteModel) -> str:
+    if not site.is_prior:
+        return ""
+    return (
+        ": the density has no maximum there; give that scale a prior that keeps it off zero"
+        " (LogNormal, InverseGamma)"
+    )
 
 
 def dead(problem: Problem, expected: Expected) -> list[str]:

@@ -21,7 +21,7 @@ from torch import distributed as dist
 from pyroem import errors, interrupt
 from pyroem.errors import ModelError, PyroemError, SettingError
 from pyroem.estep.engine import MixtureEngine
-from pyroem.mstep.update import Expected
+from pyroem.mstep.runs import Expected
 from pyroem.statistics import SiteStatistics
 from pyroem.structure import Params
 

@@ -12,6 +12,8 @@ from pyroem.structure import whole_of
 _HOW = {
     Rung.CLOSED_FORM: "closed form",
     Rung.ON_STATISTICS: "numerically, on the expected statistics (cost independent of the rows)",
+    Rung.REGRESSION: "regression",
+    Rung.ON_ROWS: "numerically, on the weighted rows",
     Rung.GRADIENT: "by safeguarded ascent steps over the data (generalised EM)",
     Rung.FIXED: "fixed",
 }
@@ -53,8 +55,10 @@ def describe(
         block = problem.plan.blocks[name]
         prior = ", prior" if structure.parameters[name].has_prior else ""
         shape = "x".join(map(str, structure.parameters[name].shape)) or "scalar"
+        held = structure.parameters[name].held
+        prior += "" if held is None else f", {int(held.sum())} held"
         lines.append(f"  {name} ({shape}{prior}): {_HOW[block.rung]}: {block.reason}")
-    lines += ["", f"Start: {start}."]
+    lines += [f"Free parameters: {problem.df}.", "", f"Start: {start}."]
     if problem.floors:
         names = ", ".join(problem.floors)
         lines.append(

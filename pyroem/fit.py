@@ -21,7 +21,6 @@ from pyroem.estep.kernel import Rows, best_states, entropy, marginals, row_log_l
 from pyroem.estep.mixture import Mixture
 from pyroem.estep.trace import entropy_of_known, factor_weights, posterior
 from pyroem.explain import describe
-from pyroem.families import forms
 from pyroem.loop import Record, Restart, Rule, Status
 from pyroem.mstep.blocks import Rung
 from pyroem.problem import Problem, pose
@@ -232,16 +231,8 @@ class Fit:
 
     @property
     def df(self) -> int:
-        """The number of free parameters: the dimension of the unconstrained space, fixed apart."""
-        total = 0
-        for name in self.problem.free:
-            parameter = self.problem.structure.parameters[name]
-            form = self.problem.plan.blocks[name].form
-            free = parameter.df
-            if form is forms.LOGITS or (form is forms.SIMPLEX and free == parameter.value.numel()):
-                free -= free // parameter.shape[-1]  # only differences or ratios count
-            total += free
-        return total
+        """The number of free parameters: of directions that change the model."""
+        return self.problem.df
 
     def aic(self) -> float:
         """Akaike's criterion ``2 df - 2 log_likelihood``: smaller is better."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from pyroem.checkpoint import BusyError
 from pyroem.errors import ModelError, SettingError
 from pyroem.loop import State
-from pyroem.mstep.plan import interval_of
+from pyroem.mstep.intervals import interval_of
 from pyroem.problem import Problem
 from pyroem.solver import Solver
 from pyroem.structure import Params, from_search, to_search

@@ -13,7 +13,8 @@ from pyroem.clustering import cluster_means, features, kmeans, rows_shape
 from pyroem.estep.engine import MixtureEngine
 from pyroem.estep.kernel import expect_given
 from pyroem.estep.trace import collect, factor_weights, posterior
-from pyroem.mstep.update import QUICK, Expected
+from pyroem.mstep.runs import Expected, Run
+from pyroem.mstep.update import QUICK
 from pyroem.problem import Problem
 from pyroem.structure import Params
 from pyroem.symmetry import StateGroup
@@ -124,7 +125,8 @@ def from_evidence(
     if importance is not None:
         weights = importance if weights is None else weights * importance
     value, found = factor_weights(trace, tensors, row_weights=weights, unit=structure.unit)
-    expected = collect(problem.plan, trace, value, found)
+    with torch.no_grad():
+        expected = collect(problem.plan, trace, value, found, Run(problem.plan, params))
     return problem.m_step(params, expected, only, effort=QUICK)
 
 
@@ -154,7 +156,8 @@ def placed(problem: Problem, params: Params) -> Params:
     free = {n: v for n, v in params.items() if n in problem.free}
     for landmark in problem.plan.reading.landmarks.values():
         free = landmark.place(free)
-    return {**params, **free}
+    parameters = problem.structure.parameters
+    return {**params, **{n: parameters[n].keep(v) for n, v in free.items()}}
 
 
 def escape(problem: Problem, params: Params, iterations: int = 30) -> float:

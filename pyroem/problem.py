@@ -21,13 +21,15 @@ from pyroem.estep.agreement import check_kernel
 from pyroem.estep.engine import Engine, MixtureEngine, TraceEngine
 from pyroem.estep.kernel import Rows
 from pyroem.estep.mixture import Mixture, mixture_of
+from pyroem.mstep.freedom import degrees_of_freedom
 from pyroem.mstep.plan import Plan, Rung, make_plan
+from pyroem.mstep.runs import Expected
 from pyroem.mstep.scales import variance_floors
-from pyroem.mstep.update import THOROUGH, Expected, m_step
+from pyroem.mstep.update import THOROUGH, Effort, m_step
 from pyroem.reading import read
 from pyroem.sampling import has_rows, leading_size, sample_rows, take
 from pyroem.streaming import Streamed, sampled
-from pyroem.structure import Params, Structure
+from pyroem.structure import Fixed, Params, Structure
 from pyroem.symmetry import StateGroup, state_groups
 from pyroem.whole import whole_data
 
@@ -74,6 +76,11 @@ class Problem:
         """The parameters that are not fixed."""
         return [b.name for b in self.plan.blocks.values() if b.rung is not Rung.FIXED]
 
+    @cached_property
+    def df(self) -> int:
+        """The number of free parameters: of directions that change the model."""
+        return degrees_of_freedom(self.plan)
+
     @property
     def kernel(self) -> MixtureEngine | None:
         """The kernel on the rows of this process, if the program has one."""
@@ -89,7 +96,7 @@ class Problem:
         params: Params,
         expected: Expected,
         only: frozenset[str] | None = None,
-        effort: tuple[int, int] = THOROUGH,
+        effort: Effort = THOROUGH,
     ) -> Params:
         """New parameters from expected statistics."""
         return m_step(self.plan, params, expected, self.floors, only, effort)
@@ -143,7 +150,7 @@ class Problem:
         for name, floor in self.floors.items():
             clip = self.plan.blocks[name].uses[0].coordinate.clip
             assert clip is not None
-            result[name] = clip(params[name], floor * factor)
+            result[name] = self.structure.parameters[name].keep(clip(params[name], floor * factor))
         return result
 
 
@@ -153,7 +160,7 @@ def pose(
     kwargs: Mapping[str, Any],
     *,
     dtype: torch.dtype = torch.float64,
-    fixed: Iterable[str] = (),
+    fixed: Fixed = (),
     floor: float = 0.0,
     weights: Any = None,
     engine: str = "auto",
@@ -184,6 +191,7 @@ def pose(
                 return large
         structure = read(model, *data, dtype=dtype)
         plan = make_plan(structure, fixed)
+        structure = plan.structure
         row_weights = None if weights is None else check_weights(weights, structure)
         mixture = mixture_of(structure, plan)
         if engine == "kernel" and isinstance(mixture, str):
@@ -225,7 +233,7 @@ def _pose_large(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     dtype: torch.dtype,
-    fixed: tuple[str, ...],
+    fixed: Fixed,
     floor: float,
     weights: Any,
     size: int,
@@ -252,6 +260,7 @@ def _pose_large(
                 return None
             structure = replace(structure, parameters=data.parameters)
             plan = make_plan(structure, fixed)
+            structure = plan.structure
             mixture = mixture_of(structure, plan)
             whole = replace(structure, program=data.program, unit_shape=(rows,))
             if row_weights is not None:
@@ -275,7 +284,7 @@ def _pose_blocks(
     source: Any,
     rest: tuple[tuple[Any, ...], dict[str, Any]],
     dtype: torch.dtype,
-    fixed: tuple[str, ...],
+    fixed: Fixed,
     floor: float,
     weights: Any,
     device: torch.device | None,
@@ -301,6 +310,7 @@ def _pose_blocks(
             break
         size = min(PER_STATE * states, rows)
     plan, mixture = plan_with_kernel(structure, fixed, leading_size(data[0]), "Data in blocks")
+    structure = plan.structure
     whole = replace(structure, unit_shape=(rows,))
     if row_weights is not None:
         row_weights = check_weights(row_weights, whole)
@@ -345,7 +355,7 @@ def standing_for(weights: Tensor | None, rows: int, total: float, dtype: torch.d
 
 
 def plan_with_kernel(
-    structure: Structure, fixed: tuple[str, ...], rows: int, what: str
+    structure: Structure, fixed: Fixed, rows: int, what: str
 ) -> tuple[Plan, Mixture]:
     """The plan and the kernel of a program that was read on ``rows`` rows; ``what`` needs it."""
     if structure.unit_shape != (rows,):

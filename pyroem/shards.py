@@ -32,7 +32,7 @@ from pyroem.problem import (
 from pyroem.reading import read
 from pyroem.sampling import leading_size, sample_rows
 from pyroem.streaming import Streamed, sampled
-from pyroem.structure import Structure
+from pyroem.structure import Fixed, Structure
 from pyroem.whole import whole_data
 
 COMPARED = 1_000_000  # elements; larger tensors are taken to differ between processes
@@ -235,7 +235,7 @@ def pose_shared(
     ranks: Ranks,
     *,
     dtype: torch.dtype = torch.float64,
-    fixed: tuple[str, ...] = (),
+    fixed: Fixed = (),
     floor: float = 0.0,
     weights: Any = None,
     device: torch.device | None = None,
@@ -284,15 +284,15 @@ def pose_shared(
             plan, mixture = plan_with_kernel(structure, fixed, starts[-1], what)
             nodes = plan.reading.traces[0].trace.nodes
             standing = standing_for(own, starts[-1], sum(weight), dtype)
-            small = problem_of(structure, plan, standing, floor, mixture, nodes)
+            small = problem_of(plan.structure, plan, standing, floor, mixture, nodes)
             # What stands outside the rows is counted once: by each process that has rows in part.
             share = 1 / sum(n > 0 for n in rows)
             outside = tuple((s, x.scaled(share), m * share) for s, x, m in mixture.outside)
             mixture = replace(mixture, outside=outside)
             with isolated(dtype, 0), torch.no_grad():
-                program, engine = shard.engine(structure, mixture, places, device)
+                program, engine = shard.engine(plan.structure, mixture, places, device)
                 shape, log_prior = small.e_step(plan.reading.points[0])
-            whole = replace(structure, program=program, unit_shape=(total,))
+            whole = replace(plan.structure, program=program, unit_shape=(total,))
             spread = DistributedEngine(engine, ranks, rows, shape)
             problems.append(
                 replace(

@@ -23,7 +23,7 @@ from pyroem.progress import Progress
 from pyroem.shards import pose_shared
 from pyroem.starts import Start, starts
 from pyroem.stored import check_path, read
-from pyroem.structure import Params
+from pyroem.structure import Held, Params
 from pyroem.threads import threads_for
 from pyroem.together import iterate_together
 from pyroem.verdict import judge
@@ -38,7 +38,8 @@ SETTINGS = """
     max_iter
         The most iterations from one start.
     fixed
-        Names of parameters that are held at their start.
+        Names of parameters that are held at their start; or a dict from names to masks, of which
+        the true elements are held (True: all of them).
     floor
         No variance goes below this fraction of the data's own variance; 0 turns the floor off. A
         variance that ends at its floor makes the fit DEGENERATE.
@@ -66,7 +67,7 @@ class Solver:
     tol: float = 1e-8
     param_tol: float = 1e-5
     max_iter: int = 1000
-    fixed: Iterable[str] = ()
+    fixed: Iterable[str | Held] | Mapping[str, Any] = ()
     floor: float = 1e-10
     dtype: torch.dtype = torch.float64
     engine: str = "auto"
@@ -98,10 +99,7 @@ class Solver:
             raise SettingError(
                 f"{own}: engine must be one of {', '.join(ENGINES)}, got {self.engine!r}."
             )
-        if not isinstance(self.fixed, Iterable):
-            raise SettingError(f"{own}: fixed must be names of parameters, got {self.fixed!r}.")
-        fixed = (self.fixed,) if isinstance(self.fixed, str) else tuple(self.fixed)
-        object.__setattr__(self, "fixed", fixed)
+        object.__setattr__(self, "fixed", _parts(own, self.fixed))
 
     @property
     def name(self) -> str:
@@ -147,11 +145,19 @@ class Solver:
         kwargs: Mapping[str, Any],
         weights: Any,
         ranks: Ranks | None = None,
+        init: Any = None,
     ) -> Problem:
         """The program with its data, read and planned under the solver's settings.
 
-        With ``ranks``, the data is that of this process, one of several.
+        With ``ranks``, the data is that of this process, one of several. Elements that are held
+        have the values that ``init`` gives.
         """
+        given = getattr(init, "params", init)
+        given = given if isinstance(given, Mapping) else {}
+        fixed = [
+            replace(part, value=given.get(part.name)) if isinstance(part, Held) else part
+            for part in _parts(type(self).__name__, self.fixed)
+        ]
         if ranks is not None:
             if self.engine == "trace":
                 raise SettingError("engine='trace': a fit over several processes needs the kernel.")
@@ -161,7 +167,7 @@ class Solver:
                 kwargs,
                 ranks,
                 dtype=self.dtype,
-                fixed=tuple(self.fixed),
+                fixed=fixed,
                 floor=self.floor,
                 weights=weights,
                 device=self._device,
@@ -171,7 +177,7 @@ class Solver:
             args,
             kwargs,
             dtype=self.dtype,
-            fixed=self.fixed,
+            fixed=fixed,
             floor=self.floor,
             weights=weights,
             engine=self.engine,
@@ -278,7 +284,7 @@ class Solver:
                         "seed": seed,
                     }
                 )
-            problem = self.pose(model, args, kwargs, weights, ranks)
+            problem = self.pose(model, args, kwargs, weights, ranks, init)
             self.check(problem)
             pause_point()
             show = Progress(f"{self.name}:", self.progress)
@@ -408,6 +414,31 @@ def _ending(run: Outcome) -> str:
         f"{run.status} after {last.iteration} iterations  log_joint {run.state.log_joint:.6f}"
         f"  {last.seconds:.1f} s"
     )
+
+
+def _parts(solver: str, fixed: Any) -> tuple[str | Held, ...]:
+    """What is fixed: names, and masks as nested tuples, so that settings can be compared."""
+    if isinstance(fixed, str):
+        return (fixed,)
+    if isinstance(fixed, Mapping):
+        parts = [_part(name, mask) for name, mask in fixed.items()]
+        return tuple(part for part in parts if part is not None)
+    if not isinstance(fixed, Iterable):
+        raise SettingError(
+            f"{solver}: fixed must be names of parameters, or a dict from names to masks, got"
+            f" {fixed!r}."
+        )
+    return tuple(fixed)
+
+
+def _part(name: str, mask: Any) -> str | Held | None:
+    if isinstance(mask, bool):
+        return name if mask else None
+
+    def frozen(x: Any) -> Any:
+        return tuple(map(frozen, x)) if isinstance(x, list) else x
+
+    return Held(name, frozen(torch.as_tensor(mask).tolist()))
 
 
 def _agreed(ranks: Ranks, chosen: Iterable[Start]) -> Iterator[Start]:

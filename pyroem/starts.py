@@ -18,7 +18,7 @@ from pyroem.errors import ModelError, SettingError
 from pyroem.guesses import from_evidence, guessed_together, placed
 from pyroem.interrupt import pause_point
 from pyroem.mstep.plan import Rung
-from pyroem.mstep.update import QUICK
+from pyroem.mstep.update import QUICK, Effort
 from pyroem.problem import Problem
 from pyroem.structure import Params, check_names
 from pyroem.symmetry import coinciding
@@ -26,7 +26,7 @@ from pyroem.threads import threads_for
 
 METHODS = ("auto", "kmeans", "random", "prior", "model")
 LAPS = ((4, 0.5), (10, 0.5), (100, 1.0))  # EM iterations of a race, and the share that goes on
-BRIEF = (1, 5)  # the effort of an M-step in the race
+BRIEF = Effort(1, 5)  # the effort of an M-step in the race
 RESERVE = 3  # finalists that are run when the chosen starts end in a collapse
 CALM = 1e-6  # change of the objective per row at which a run of the race has settled
 
@@ -199,7 +199,7 @@ def _drawn(problem: Problem, seed: int) -> Params:
         nodes = structure.program.run({}).nodes
     fixed = {b.name for b in problem.plan.on(Rung.FIXED)}
     return {
-        n: p.value if n in fixed else nodes[n]["value"].detach().to(structure.program.dtype)
+        n: p.value if n in fixed else p.keep(nodes[n]["value"].detach().to(structure.program.dtype))
         for n, p in structure.parameters.items()
     }
 
@@ -210,6 +210,7 @@ def _given(problem: Problem, given: Mapping[str, Any], seed: int) -> Start:
     check_names(given, structure.parameters, "init")
     _check_fixed(problem, given)
     values = {n: structure.value(n, v).detach().clone() for n, v in given.items()}
+    values = {n: structure.parameters[n].keep(v) for n, v in values.items()}
     for name, value in values.items():
         if not structure.parameters[name].constraint.check(value).all():
             raise SettingError(

@@ -13,7 +13,8 @@ from pyroem.errors import ModelError, SettingError
 from pyroem.estep.engine import MixtureEngine
 from pyroem.estep.kernel import Rows, expect
 from pyroem.loop import State
-from pyroem.mstep.update import QUICK, Expected
+from pyroem.mstep.runs import Expected
+from pyroem.mstep.update import QUICK
 from pyroem.problem import Problem
 from pyroem.sampling import take
 from pyroem.solver import Solver

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,7 +41,8 @@ class Parameter:
     """A continuous unknown of the program.
 
     ``value`` is what the program itself gives (a ``pyro.param``'s initial value, a draw from a
-    prior); ``random`` says that it differs from run to run.
+    prior); ``random`` says that it differs from run to run. The elements where ``held`` is true
+    stay at ``value``.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Parameter:
     value: Tensor
     has_prior: bool
     random: bool
+    held: Tensor | None = None
 
     def unconstrain(self, value: Tensor) -> Tensor:
         """The unconstrained coordinates of ``value``, finite also at the boundary."""
@@ -60,10 +62,16 @@ class Parameter:
     @property
     def df(self) -> int:
         """The dimension of the parameter's space: the rank of ``constrain``, block by block."""
-        constraint = self.constraint
-        while isinstance(constraint, constraints.independent):
-            constraint = constraint.base_constraint
+        constraint = self.kind
         events = constraint.event_dim
+        if self.held is not None and self.held.any():
+            free = ~self.held
+            if events == 0:
+                return int(free.sum())
+            blocks = free.reshape((-1, *self.shape[len(self.shape) - events :])).flatten(1)
+            if constraint is constraints.simplex:
+                return int((blocks.sum(1) - 1).clamp(min=0).sum())
+            return replace(self, held=None).df * int(blocks.any(1).sum()) // len(blocks)
         blocks = self.value.reshape((-1, *self.shape[len(self.shape) - events :]))
         if events == 0 or not len(blocks):
             return self.value.numel()
@@ -79,10 +87,87 @@ class Parameter:
         rank = torch.linalg.matrix_rank(jacobian.reshape(blocks[0].numel(), raw.numel()))
         return int(rank) * len(blocks)
 
+    @property
+    def kind(self) -> Any:
+        """The constraint of one block: what ``to_event`` made one event, apart again."""
+        constraint = self.constraint
+        while isinstance(constraint, constraints.independent):
+            constraint = constraint.base_constraint
+        return constraint
+
     def constrain(self, raw: Tensor) -> Tensor:
         """The value at unconstrained coordinates, by Pyro's own ``transform_to``."""
         value: Tensor = transform_to(self.constraint)(raw)
-        return value
+        return value if self.held is None else self.keep(value)
+
+    def keep(self, value: Tensor) -> Tensor:
+        """``value`` with the elements that are held; the rest of a simplex sums to what is left."""
+        if self.held is None:
+            return value
+        if self.kind is constraints.simplex:
+            free = torch.where(self.held, 0.0, value)
+            left = 1 - torch.where(self.held, self.value, 0.0).sum(-1, keepdim=True)
+            value = free * (left / free.sum(-1, keepdim=True).clamp(min=1e-300))
+        return torch.where(self.held, self.value, value)
+
+
+@dataclass(frozen=True)
+class Held:
+    """Elements of a parameter that stay at their start: those where ``mask`` is true.
+
+    The start is ``value``, or the program's own.
+    """
+
+    name: str
+    mask: Any
+    value: Any = None
+
+
+Fixed = Sequence["str | Held"]
+
+
+def hold(structure: Structure, fixed: Fixed) -> tuple[Structure, frozenset[str]]:
+    """The structure with some elements held, and the parameters that are fixed altogether."""
+    names = [part.name if isinstance(part, Held) else part for part in fixed]
+    check_names(names, structure.parameters, "fixed")
+    whole = {part for part in fixed if isinstance(part, str)}
+    parameters = dict(structure.parameters)
+    for part in fixed:
+        if not isinstance(part, Held):
+            continue
+        parameter = parameters[part.name]
+        mask = torch.as_tensor(part.mask)
+        if mask.dtype != torch.bool or tuple(mask.shape) not in ((), parameter.shape):
+            raise SettingError(
+                f"fixed: for parameter '{part.name}' expected True, or a mask of booleans of shape"
+                f" {parameter.shape}, got {mask.dtype} of shape {tuple(mask.shape)}."
+            )
+        if mask.all():
+            whole.add(part.name)
+        elif mask.any():
+            parameters[part.name] = _held(structure, parameter, mask, part.value)
+    return replace(structure, parameters=parameters), frozenset(whole)
+
+
+def _held(structure: Structure, parameter: Parameter, mask: Tensor, given: Any) -> Parameter:
+    value = parameter.value
+    if given is not None:
+        value = torch.where(mask, structure.value(parameter.name, given).detach(), value)
+    elif parameter.random:
+        raise SettingError(
+            f"fixed: parameter '{parameter.name}' has no values to be held at (the program draws"
+            f" them at random). Give them: init={{'{parameter.name}': ...}}."
+        )
+    events = parameter.kind.event_dim
+    blocks = mask.reshape((-1, *parameter.shape[len(parameter.shape) - events :], 1)).flatten(1)
+    parts = bool((blocks.any(1) & ~blocks.all(1)).any())
+    if events and parts and parameter.kind is not constraints.simplex:
+        raise SettingError(
+            f"fixed: parameter '{parameter.name}' consists of blocks under {parameter.kind}, which"
+            " can be held as a whole only. Build the block from parts in the program."
+        )
+    held = replace(parameter, held=mask, value=value)
+    return replace(held, value=held.keep(value))
 
 
 @dataclass(frozen=True)

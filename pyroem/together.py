@@ -22,7 +22,7 @@ from pyroem.loop import (
     Status,
     movement,
 )
-from pyroem.mstep.update import Expected
+from pyroem.mstep.runs import Expected
 from pyroem.problem import Problem
 from pyroem.progress import Progress
 from pyroem.structure import Params

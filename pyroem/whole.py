@@ -13,8 +13,8 @@ from torch import Tensor
 from pyroem._pyro import Program, plate_frames, unwrap
 from pyroem.checks import check_observation
 from pyroem.mstep.plan import Plan
+from pyroem.mstep.runs import Run
 from pyroem.mstep.sites import SiteModel, narrow, pad
-from pyroem.mstep.update import Run
 from pyroem.structure import Parameter, Params, Structure, base_mask
 
 ALMOST = 1e-9

@@ -62,6 +62,8 @@ class Problem:
     """The plate over which rows are independent; every tensor in ``data`` has them first."""
     symmetries: tuple[Symmetry, ...]
     """The ways in which states can be renamed."""
+    smooth: bool = True
+    """Whether its likelihood has a gradient everywhere."""
 
     def __repr__(self) -> str:
         return self.name
@@ -439,6 +441,101 @@ def multinomial_mixture(n: Tensor) -> None:
         pyro.sample("n", dist.Multinomial(20, probs[z]), obs=n)
 
 
+def student_t_mixture(x: Tensor) -> None:
+    """Heavy tails, the degrees of freedom estimated; far from the origin."""
+    weights = pyro.param("weights", x.new_ones(2) / 2, constraint=constraints.simplex)
+    loc = pyro.param("loc", x.new_tensor([100.0, 110.0]))
+    scale = pyro.param("scale", x.new_ones(2), constraint=constraints.positive)
+    df = pyro.param("df", x.new_tensor(5.0), constraint=constraints.positive)
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("x", dist.StudentT(df, loc[z], scale[z]), obs=x)
+
+
+def multivariate_t_mixture(x: Tensor) -> None:
+    """Heavy tails in two dimensions, with prior means."""
+    weights = pyro.param("weights", x.new_ones(2) / 2, constraint=constraints.simplex)
+    loc = pyro.sample("loc", dist.Normal(x.new_zeros(2, 2), 5.0).to_event(2))
+    eye = torch.eye(2, dtype=x.dtype).repeat(2, 1, 1)
+    tril = pyro.param("tril", eye, constraint=constraints.lower_cholesky)
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("x", dist.MultivariateStudentT(x.new_tensor(4.0), loc[z], tril[z]), obs=x)
+
+
+def laplace_mixture(x: Tensor) -> None:
+    """Medians and absolute deviations."""
+    weights = pyro.param("weights", x.new_ones(2) / 2, constraint=constraints.simplex)
+    loc = pyro.param("loc", x.new_tensor([-1.0, 1.0]))
+    scale = pyro.param("scale", x.new_ones(2), constraint=constraints.positive)
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("x", dist.Laplace(loc[z], scale[z]), obs=x)
+
+
+def weibull_mixture(x: Tensor) -> None:
+    """Lifetimes, whose statistics are the rows themselves."""
+    weights = pyro.param("weights", x.new_ones(2) / 2, constraint=constraints.simplex)
+    scale = pyro.param("scale", x.new_tensor([1.0, 5.0]), constraint=constraints.positive)
+    shape = pyro.param("shape", x.new_tensor([1.0, 3.0]), constraint=constraints.positive)
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("x", dist.Weibull(scale[z], shape[z]), obs=x)
+
+
+def zero_inflated_mixture(x: Tensor) -> None:
+    """Counts with more zeros than their distribution gives, several columns."""
+    weights = pyro.param("weights", x.new_ones(2) / 2, constraint=constraints.simplex)
+    rate = pyro.sample("rate", dist.Gamma(x.new_full((2, 2), 2.0), 0.5).to_event(2))
+    gate = pyro.param("gate", x.new_tensor([0.3, 0.4]), constraint=constraints.unit_interval)
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        count = dist.ZeroInflatedPoisson(rate[z], gate=gate[z].unsqueeze(-1))
+        pyro.sample("x", count.to_event(1), obs=x)
+
+
+def overdispersed_mixture(x: Tensor) -> None:
+    """Counts whose number of failures is a parameter."""
+    weights = pyro.param("weights", x.new_ones(2) / 2, constraint=constraints.simplex)
+    size = pyro.param("size", x.new_tensor(2.0), constraint=constraints.positive)
+    mean = pyro.param("mean", x.new_tensor([2.0, 12.0]), constraint=constraints.positive)
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("x", dist.NegativeBinomial(size, logits=(mean[z] / size).log()), obs=x)
+
+
+def dirichlet_multinomial_mixture(x: Tensor) -> None:
+    """Documents whose words come in bursts."""
+    weights = pyro.param("weights", x.new_ones(2) / 2, constraint=constraints.simplex)
+    start = x.new_tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]])
+    alpha = pyro.param("alpha", start, constraint=constraints.positive)
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("x", dist.DirichletMultinomial(alpha[z], 20), obs=x)
+
+
+def factor_analysers(x: Tensor) -> None:
+    """A covariance of low rank, plus a diagonal."""
+    weights = pyro.param("weights", x.new_ones(2) / 2, constraint=constraints.simplex)
+    loc = pyro.param("loc", lambda: torch.randn(2, x.shape[-1], dtype=x.dtype))
+    factor = pyro.param("factor", lambda: torch.randn(2, x.shape[-1], 1, dtype=x.dtype))
+    noise = pyro.param("noise", x.new_ones(x.shape[-1]), constraint=constraints.positive)
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("x", dist.LowRankMultivariateNormal(loc[z], factor[z], noise), obs=x)
+
+
+def ordered_means(x: Tensor) -> None:
+    """Means in order, by the constraint of their parameter."""
+    weights = pyro.param("weights", x.new_ones(3) / 3, constraint=constraints.simplex)
+    start = x.new_tensor([-1.0, 0.0, 1.0])
+    loc = pyro.param("loc", start, constraint=dist.constraints.ordered_vector)
+    scale = pyro.param("scale", x.new_tensor(1.0), constraint=constraints.positive)
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("x", dist.Normal(loc[z], scale), obs=x)
+
+
 # ---------------------------------------------------------------------------------------
 # Regressions
 
@@ -462,6 +559,132 @@ def poisson_regressions(features: Tensor, n: Tensor) -> None:
     with pyro.plate("rows", len(n)):
         z = pyro.sample("z", dist.Categorical(weights))
         pyro.sample("n", dist.Poisson((beta[z] * features).sum(-1).exp()), obs=n)
+
+
+def logistic_regressions(features: Tensor, y: Tensor) -> None:
+    """Shared slopes with a ridge prior, an intercept for each component."""
+    weights = pyro.param("weights", y.new_ones(2) / 2, constraint=constraints.simplex)
+    intercept = pyro.param("intercept", y.new_tensor([-1.0, 1.0]))
+    slope = pyro.sample("slope", dist.Normal(y.new_zeros(2), 1.5).to_event(1))
+    with pyro.plate("rows", len(y)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("y", dist.Bernoulli(logits=intercept[z] + features @ slope), obs=y)
+
+
+def binomial_regressions(features: Tensor, trials: Tensor, y: Tensor) -> None:
+    """Numbers of trials that differ by row."""
+    weights = pyro.param("weights", y.new_ones(2) / 2, constraint=constraints.simplex)
+    beta = pyro.param("beta", lambda: torch.randn(2, features.shape[-1], dtype=y.dtype))
+    with pyro.plate("rows", len(y)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("y", dist.Binomial(trials, logits=(beta[z] * features).sum(-1)), obs=y)
+
+
+def negative_binomial_regressions(features: Tensor, n: Tensor) -> None:
+    """A log-linear mean: the logits of the rows are shifted by the given dispersion."""
+    weights = pyro.param("weights", n.new_ones(2) / 2, constraint=constraints.simplex)
+    beta = pyro.param("beta", lambda: torch.randn(2, features.shape[-1], dtype=n.dtype))
+    size = n.new_tensor(3.0)
+    with pyro.plate("rows", len(n)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        log_mean = (beta[z] * features).sum(-1)
+        pyro.sample("n", dist.NegativeBinomial(size, logits=log_mean - size.log()), obs=n)
+
+
+def gamma_regressions(features: Tensor, y: Tensor) -> None:
+    """A log-linear mean, and a shape that stands in both arguments."""
+    weights = pyro.param("weights", y.new_ones(2) / 2, constraint=constraints.simplex)
+    beta = pyro.param("beta", lambda: torch.randn(2, features.shape[-1], dtype=y.dtype))
+    shape = pyro.param("shape", y.new_tensor([2.0, 4.0]), constraint=constraints.positive)
+    with pyro.plate("rows", len(y)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        mean = (beta[z] * features).sum(-1).exp()
+        pyro.sample("y", dist.Gamma(shape[z], shape[z] / mean), obs=y)
+
+
+def categorical_regressions(features: Tensor, y: Tensor) -> None:
+    """Answers by multinomial logits, the first one the reference."""
+    weights = pyro.param("weights", features.new_ones(2) / 2, constraint=constraints.simplex)
+    prior = dist.Normal(features.new_zeros(2, features.shape[-1], 2), 2.0).to_event(3)
+    beta = pyro.sample("beta", prior)
+    with pyro.plate("rows", len(y)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        eta = (beta[z] * features.unsqueeze(-1)).sum(-2)
+        logits = torch.cat([torch.zeros_like(eta[..., :1]), eta], -1)
+        pyro.sample("y", dist.Categorical(logits=logits), obs=y)
+
+
+def heteroscedastic_regressions(features: Tensor, y: Tensor) -> None:
+    """The logarithm of the scale is linear too."""
+    weights = pyro.param("weights", y.new_ones(2) / 2, constraint=constraints.simplex)
+    beta = pyro.param("beta", lambda: torch.randn(2, features.shape[-1], dtype=y.dtype))
+    gamma = pyro.param("gamma", y.new_zeros(features.shape[-1]))
+    with pyro.plate("rows", len(y)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        scale = (features @ gamma).exp()
+        pyro.sample("y", dist.Normal((beta[z] * features).sum(-1), scale), obs=y)
+
+
+def multivariate_regressions(features: Tensor, y: Tensor) -> None:
+    """Two responses with a covariance matrix."""
+    weights = pyro.param("weights", y.new_ones(2) / 2, constraint=constraints.simplex)
+    shape = (2, y.shape[-1], features.shape[-1])
+    beta = pyro.param("beta", lambda: torch.randn(shape, dtype=y.dtype))
+    eye = torch.eye(y.shape[-1], dtype=y.dtype).repeat(2, 1, 1)
+    cov = pyro.param("cov", eye, constraint=constraints.positive_definite)
+    with pyro.plate("rows", len(y)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        loc = (beta[z] @ features.unsqueeze(-1)).squeeze(-1)
+        pyro.sample("y", dist.MultivariateNormal(loc, cov[z]), obs=y)
+
+
+def mixture_of_experts(features: Tensor, y: Tensor) -> None:
+    """The weights depend on covariates through a softmax."""
+    p = features.shape[-1]
+    gate = pyro.param("gate", lambda: 0.1 * torch.randn(3, p, dtype=y.dtype))
+    beta = pyro.param("beta", lambda: torch.randn(3, p, dtype=y.dtype))
+    scale = pyro.param("scale", y.new_tensor(1.0), constraint=constraints.positive)
+    with pyro.plate("rows", len(y)):
+        z = pyro.sample("z", dist.Categorical(logits=features @ gate.T))
+        pyro.sample("y", dist.Normal((beta[z] * features).sum(-1), scale), obs=y)
+
+
+def poisson_exposure(exposure: Tensor, n: Tensor) -> None:
+    """Rates times the time that each row was watched."""
+    weights = pyro.param("weights", n.new_ones(2) / 2, constraint=constraints.simplex)
+    rate = pyro.sample("rate", dist.Gamma(n.new_full((2,), 2.0), 0.5).to_event(1))
+    with pyro.plate("rows", len(n)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("n", dist.Poisson(rate[z] * exposure), obs=n)
+
+
+# ---------------------------------------------------------------------------------------
+# Links: functions of the parameters that do not vary along the rows
+
+
+def sum_to_zero(x: Tensor) -> None:
+    """A common mean and effects that sum to zero."""
+    weights = pyro.param("weights", x.new_ones(3) / 3, constraint=constraints.simplex)
+    mean = pyro.param("mean", x.new_tensor(0.0))
+    effect = pyro.param("effect", x.new_tensor([-1.0, 0.1]))
+    scale = pyro.param("scale", x.new_ones(3), constraint=constraints.positive)
+    loc = pyro.deterministic("loc", mean + torch.cat([effect, -effect.sum(-1, keepdim=True)], -1))
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("x", dist.Normal(loc[z], scale[z]), obs=x)
+
+
+def cumulative_means(x: Tensor) -> None:
+    """Means in order, by positive gaps; a softplus scale."""
+    weights = pyro.param("weights", x.new_ones(3) / 3, constraint=constraints.simplex)
+    first = pyro.param("first", x.new_tensor(-2.0))
+    gaps = pyro.param("gaps", x.new_tensor([1.0, 1.0]), constraint=constraints.positive)
+    raw = pyro.param("raw", x.new_zeros(3))
+    loc = torch.cat([first.unsqueeze(-1), first.unsqueeze(-1) + gaps.cumsum(-1)], -1)
+    scale = torch.nn.functional.softplus(raw)
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("x", dist.Normal(loc[z], scale[z]), obs=x)
 
 
 # ---------------------------------------------------------------------------------------
@@ -763,6 +986,7 @@ def _problem(
         states,
         row_plate,
         renamings,
+        model is not laplace_mixture,
     )
 
 
@@ -1065,6 +1289,86 @@ PROBLEMS: list[Problem] = [
         (("weights", 0), ("probs", 0)),
     ),
     _problem(
+        student_t_mixture,
+        (_blank(150),),
+        {"weights": _WEIGHTS2, "loc": [100.0, 107.0], "scale": [0.8, 1.2], "df": 4.0},
+        6,
+        {"z": 2},
+        _GAUSSIAN_AXES,
+    ),
+    _problem(
+        multivariate_t_mixture,
+        (_blank(120, 2),),
+        {
+            "weights": _WEIGHTS2,
+            "loc": [[-3.0, 0.5], [3.0, -0.5]],
+            "tril": [[[1.0, 0.0], [0.5, 1.0]], [[0.8, 0.0], [-0.3, 0.7]]],
+        },
+        6,
+        {"z": 2},
+        (("weights", 0), ("loc", 0), ("tril", 0)),
+    ),
+    _problem(
+        laplace_mixture,
+        (_blank(120),),
+        {"weights": _WEIGHTS2, "loc": [-3.0, 3.0], "scale": [0.8, 1.2]},
+        6,
+        {"z": 2},
+        _GAUSSIAN_AXES,
+    ),
+    _problem(
+        weibull_mixture,
+        (_blank(150),),
+        {"weights": _WEIGHTS2, "scale": [1.0, 6.0], "shape": [1.5, 5.0]},
+        6,
+        {"z": 2},
+        (("weights", 0), ("scale", 0), ("shape", 0)),
+    ),
+    _problem(
+        zero_inflated_mixture,
+        (_blank(150, 2),),
+        {"weights": _WEIGHTS2, "rate": [[2.0, 9.0], [8.0, 3.0]], "gate": [0.3, 0.15]},
+        6,
+        {"z": 2},
+        (("weights", 0), ("rate", 0), ("gate", 0)),
+    ),
+    _problem(
+        overdispersed_mixture,
+        (_blank(150),),
+        {"weights": _WEIGHTS2, "size": 4.0, "mean": [2.0, 20.0]},
+        6,
+        {"z": 2},
+        (("weights", 0), ("mean", 0)),
+    ),
+    _problem(
+        dirichlet_multinomial_mixture,
+        (_blank(120, 3),),
+        {"weights": _WEIGHTS2, "alpha": [[2.0, 5.0, 8.0], [6.0, 3.0, 1.0]]},
+        6,
+        {"z": 2},
+        (("weights", 0), ("alpha", 0)),
+    ),
+    _problem(
+        factor_analysers,
+        (_blank(150, 3),),
+        {
+            "weights": _WEIGHTS2,
+            "loc": [[-3.0, 0.0, 2.0], [3.0, 1.0, 0.0]],
+            "factor": [[[1.0], [1.5], [-1.0]], [[1.5], [-1.0], [0.8]]],
+            "noise": [0.5, 0.8, 0.6],
+        },
+        6,
+        {"z": 2},
+        (("weights", 0), ("loc", 0), ("factor", 0)),
+    ),
+    _problem(
+        ordered_means,
+        (_blank(120),),
+        {"weights": _WEIGHTS3, "loc": [-3.0, 0.0, 3.0], "scale": 0.8},
+        4,
+        {"z": 3},
+    ),
+    _problem(
         linear_regressions,
         (_given(120, 2, seed=1), _blank(120)),
         {"weights": _WEIGHTS2, "beta": [[2.0, -1.0], [-1.0, 1.0]], "scale": [0.5, 0.8]},
@@ -1079,6 +1383,113 @@ PROBLEMS: list[Problem] = [
         6,
         {"z": 2},
         (("weights", 0), ("beta", 0)),
+    ),
+    _problem(
+        logistic_regressions,
+        (_given(150, 2, seed=3), _blank(150)),
+        {"weights": _WEIGHTS2, "intercept": [-1.5, 1.5], "slope": [2.0, -1.0]},
+        6,
+        {"z": 2},
+        (("weights", 0), ("intercept", 0)),
+    ),
+    _problem(
+        binomial_regressions,
+        (_given(120, 2, seed=4), (torch.arange(120) % 5 + 8).double(), _blank(120)),
+        {"weights": _WEIGHTS2, "beta": [[-1.0, 0.5], [1.0, -0.5]]},
+        6,
+        {"z": 2},
+        (("weights", 0), ("beta", 0)),
+    ),
+    _problem(
+        negative_binomial_regressions,
+        (_given(150, 2, seed=5), _blank(150)),
+        {"weights": _WEIGHTS2, "beta": [[0.5, 1.0], [1.0, -0.8]]},
+        6,
+        {"z": 2},
+        (("weights", 0), ("beta", 0)),
+    ),
+    _problem(
+        gamma_regressions,
+        (_given(150, 2, seed=6), _blank(150)),
+        {"weights": _WEIGHTS2, "beta": [[0.5, 1.0], [-0.5, -1.0]], "shape": [4.0, 8.0]},
+        6,
+        {"z": 2},
+        (("weights", 0), ("beta", 0), ("shape", 0)),
+    ),
+    _problem(
+        categorical_regressions,
+        (_given(150, 2, seed=7), _blank(150).long()),
+        {
+            "weights": _WEIGHTS2,
+            "beta": [[[2.0, 0.0], [0.5, -1.0]], [[-2.0, 1.0], [0.0, 1.5]]],
+        },
+        6,
+        {"z": 2},
+        (("weights", 0), ("beta", 0)),
+    ),
+    _problem(
+        heteroscedastic_regressions,
+        (_given(150, 2, seed=8), _blank(150)),
+        {"weights": _WEIGHTS2, "beta": [[3.0, 1.0], [-3.0, 0.5]], "gamma": [0.4, -0.3]},
+        6,
+        {"z": 2},
+        (("weights", 0), ("beta", 0)),
+    ),
+    _problem(
+        multivariate_regressions,
+        (_given(120, 2, seed=9), _blank(120, 2)),
+        {
+            "weights": _WEIGHTS2,
+            "beta": [[[2.0, 1.0], [0.0, 1.0]], [[-2.0, 0.5], [1.0, -1.0]]],
+            "cov": _COV22,
+        },
+        6,
+        {"z": 2},
+        (("weights", 0), ("beta", 0), ("cov", 0)),
+    ),
+    _problem(
+        mixture_of_experts,
+        (_given(200, 2, seed=10), _blank(200)),
+        {
+            "gate": [[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]],
+            "beta": [[4.0, 0.0], [-3.0, 2.0], [0.0, -4.0]],
+            "scale": 0.5,
+        },
+        4,
+        {"z": 3},
+        (("gate", 0), ("beta", 0)),
+    ),
+    _problem(
+        poisson_exposure,
+        ((torch.arange(120) % 7 + 1).double() / 2, _blank(120)),
+        {"weights": _WEIGHTS2, "rate": [1.0, 4.0]},
+        6,
+        {"z": 2},
+        (("weights", 0), ("rate", 0)),
+    ),
+    _problem(
+        sum_to_zero,
+        (_blank(120),),
+        {
+            "weights": _WEIGHTS3,
+            "mean": 1.0,
+            "effect": [-3.0, 0.5],
+            "scale": [0.8, 0.6, 1.0],
+        },
+        4,
+        {"z": 3},
+    ),
+    _problem(
+        cumulative_means,
+        (_blank(120),),
+        {
+            "weights": _WEIGHTS3,
+            "first": -2.0,
+            "gaps": [2.0, 3.0],
+            "raw": [0.5, 0.1, 0.8],
+        },
+        4,
+        {"z": 3},
     ),
     _problem(
         one_hot_assignment,

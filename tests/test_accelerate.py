@@ -37,9 +37,6 @@ NUMERIC = {
     "gaussian_lognormal_scale",
     "poisson_exp_link",
     "gamma_mixture",
-    "linear_regressions",
-    "poisson_regressions",
-    "two_assignments_sum",
 }
 TIGHT: dict[str, Any] = {"tol": 1e-12, "param_tol": 1e-8}
 

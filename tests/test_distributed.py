@@ -379,7 +379,7 @@ def test_what_a_fit_says_of_rows_concerns_those_of_its_process(results: Results)
 
 
 ERRORS = {
-    "no kernel": ("ModelError", "no exponential family is known for site 'x'"),
+    "no kernel": ("ModelError", "the statistics of site 'x' depend on its parameters"),
     "trace": ("SettingError", "several processes needs the kernel"),
     "nan": ("DataError", "got nan at index (3, 1)"),
     "late nan": ("DataError", "expected finite data"),

@@ -50,16 +50,6 @@ def fails(
 # Programs
 
 
-def test_no_assignment() -> None:
-    def model(x: Tensor) -> None:
-        loc = pyro.param("loc", x.new_tensor(0.0))
-        with pyro.plate("rows", len(x)):
-            pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
-
-    fails(ModelError, ["no assignment", "MAP"], model, X)
-    assert MAP().fit(model, X).converged
-
-
 def test_no_observation() -> None:
     def model(x: Tensor) -> None:
         weights, loc, scale = two_states(x)

@@ -581,7 +581,7 @@ def test_two_gaussians_are_told_apart() -> None:
 @pytest.fixture
 def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Families registered in a test are gone after it."""
-    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    monkeypatch.setattr(registry.family, "_REGISTRY", dict(registry.family._REGISTRY))
 
 
 class Rayleigh(dist.TorchDistribution):
@@ -635,7 +635,7 @@ RAYLEIGH_SCALE = Coordinate("scale", "scale", forms.SCALE, lambda s, w, args: (2
 @pytest.mark.parametrize(
     "family, words",
     [
-        (lambda: None, "no exponential family is registered for Rayleigh"),
+        (lambda: None, "no closed form (the statistics of Rayleigh are the rows)"),
         (rayleigh_family, "its family has no Coordinate for it"),
         (lambda: rayleigh_family((RAYLEIGH_SCALE,)), "scale (2): closed form"),
     ],

@@ -24,7 +24,8 @@ from pyroem.estep.kernel import Rows
 from pyroem.estep.mixture import mixture_of
 from pyroem.families import forms
 from pyroem.mstep.plan import Rung
-from pyroem.mstep.update import Expected, closed_update, expected_sum
+from pyroem.mstep.runs import Expected
+from pyroem.mstep.update import closed_update, expected_sum
 from pyroem.problem import Problem as Posed
 from pyroem.problem import pose
 from pyroem.statistics import add
@@ -223,13 +224,23 @@ def test_ascent(problem: Problem, seed: int | None) -> None:
 
 def q_function(problem: Problem) -> Callable[[Params], Tensor]:
     """``Q(. | problem.params)`` from posterior weights and the program's own log-densities."""
-    structure = posed(problem).structure
+    target = posed(problem)
+    structure, sites = target.structure, target.plan.reading.sites
     weights = pyroem.e_step(problem.model, problem.params, *problem.data).weights
+    statistics = target.e_step(problem.params)[0].statistics
 
     def q(params: Params) -> Tensor:
         trace = structure.enumerate(params)
-        sites = (expected_sum(weights[n], f.tensor) for n, f in trace.factors.items())
-        return sum(sites, structure.log_prior(trace))
+        total = structure.log_prior(trace)
+        for name, factor in trace.factors.items():
+            if name in sites and sites[name].family.latent is not None:
+                # Its own latent variables have their posterior at problem.params too.
+                base, _, _ = unwrap(trace.trace.nodes[name]["fn"])
+                arguments = sites[name].evaluate(params, partial(lambda d: d, base))
+                total = total + sites[name].expected_log_density(arguments, statistics[name])
+            else:
+                total = total + expected_sum(weights[name], factor.tensor)
+        return total
 
     return q
 
@@ -283,6 +294,9 @@ def test_closed_forms_maximise_q(problem: Problem) -> None:
             value = closed_update(target.plan, block, problem.params, expected)
             wanted, best = maximiser(problem, q, [block.name])
             reached = float(q({**problem.params, block.name: value}))
+            if not problem.smooth:
+                assert reached >= best - 1e-8 * abs(best), block.name
+                continue
             assert reached == pytest.approx(best, rel=1e-8), block.name
             torch.testing.assert_close(
                 fixed_gauge(block.form, value),
@@ -326,8 +340,24 @@ def test_most_programs_have_a_kernel() -> None:
     without = {p.name for p in PROBLEMS} - {p.name for p in KERNEL}
     assert without == {
         "failures_by_state",  # statistics that differ by state
-        "linear_regressions",
+        "student_t_mixture",  # statistics that depend on parameters
+        "multivariate_t_mixture",
+        "zero_inflated_mixture",
+        "laplace_mixture",  # statistics that are the rows themselves
+        "weibull_mixture",
+        "overdispersed_mixture",
+        "dirichlet_multinomial_mixture",
+        "linear_regressions",  # arguments that vary along the rows
         "poisson_regressions",
+        "logistic_regressions",
+        "binomial_regressions",
+        "negative_binomial_regressions",
+        "gamma_regressions",
+        "categorical_regressions",
+        "heteroscedastic_regressions",
+        "multivariate_regressions",
+        "mixture_of_experts",
+        "poisson_exposure",
         "nested_assignments",
         "global_assignment",
         "chain",  # a single chain: no independent rows
@@ -446,14 +476,22 @@ def test_renaming_states_changes_nothing(problem: Problem) -> None:
     target = posed(problem)
     value = objective(target, problem.params)
     after = em_steps(target, problem.params, 2)
-    exact = not (target.plan.on(Rung.GRADIENT) or target.plan.on(Rung.ON_STATISTICS))
     for renaming in problem.symmetries:
         order = torch.arange(problem.states[renaming.sites[0]]).roll(1)
         renamed = renaming.permute(problem.params, order)
         assert objective(target, renamed) == pytest.approx(value, rel=1e-12)
         wanted = renaming.permute(after, order)
         found = em_steps(target, renamed, 2)
-        close(found, wanted, rtol=1e-9 if exact else 1e-5, atol=1e-10 if exact else 1e-5)
+        close(found, wanted, **precision(target))
+
+
+def precision(target: Posed) -> dict[str, float]:
+    """How closely two M-steps from the same statistics agree."""
+    if any(target.plan.on(r) for r in (Rung.GRADIENT, Rung.ON_ROWS, Rung.ON_STATISTICS)):
+        return {"rtol": 1e-5, "atol": 1e-5}
+    if all(regression.exact for regression in target.plan.regressions):
+        return {"rtol": 1e-9, "atol": 1e-10}
+    return {"rtol": 1e-7, "atol": 1e-8}
 
 
 @every_problem_with_rows
@@ -464,8 +502,7 @@ def test_permuting_rows_changes_nothing(problem: Problem) -> None:
     value = objective(target, problem.params)
     assert objective(shuffled, problem.params) == pytest.approx(value, rel=1e-12)
     found, wanted = (em_steps(t, problem.params, 2) for t in (shuffled, target))
-    exact = not (target.plan.on(Rung.GRADIENT) or target.plan.on(Rung.ON_STATISTICS))
-    close(found, wanted, rtol=1e-9 if exact else 1e-5, atol=1e-10 if exact else 1e-5)
+    close(found, wanted, **precision(target))
 
 
 # ---------------------------------------------------------------------------------------
@@ -488,6 +525,9 @@ def test_em_ends_at_an_optimum_that_map_finds_too(problem: Problem) -> None:
         log_likelihood, log_prior = target.log_joint(
             {n: p.constrain(raw[n]) for n, p in parameters.items()}
         )
+    if not problem.smooth:  # the search by gradients ends at some kink
+        assert objective(target, em.params) == pytest.approx(em.log_joint, rel=1e-12)
+        return
     gradients = torch.autograd.grad((log_likelihood + log_prior) / rows, list(raw.values()))
     for name, gradient in zip(raw, gradients, strict=True):
         assert float(gradient.abs().max()) <= 2e-6, name

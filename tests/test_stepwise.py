@@ -72,7 +72,7 @@ def test_a_prior_weighs_no_more_on_the_sample_that_starts_the_fit() -> None:
 
 
 def test_what_it_refuses() -> None:
-    with pytest.raises(ModelError, match="no exponential family is known for site 'x'"):
+    with pytest.raises(ModelError, match="the statistics of site 'x' depend on its parameters"):
         StepwiseEM().fit(student, X[:100, 0])
     for settings, match in (
         ({"batch": 0}, "batch must be a positive integer"),

@@ -9,8 +9,8 @@ from pyroem._pyro import Enumerated
 from pyroem.errors import ModelError
 from pyroem.estep.kernel import IMPOSSIBLE, Rows
 from pyroem.estep.layout import Layout, finite
+from pyroem.mstep.runs import Run
 from pyroem.mstep.sites import pad
-from pyroem.mstep.update import Run
 
 FEW = 64  # rows
 AGREE = {torch.float64: 1e-9, torch.float32: 1e-3}  # relative to the terms of the sum

@@ -14,7 +14,7 @@ from pyroem.estep.kernel import Rows, expect
 from pyroem.estep.mixture import Mixture
 from pyroem.estep.trace import expectation
 from pyroem.mstep.plan import Plan
-from pyroem.mstep.update import Expected, Run
+from pyroem.mstep.runs import Expected, Run
 from pyroem.structure import Params, Structure
 
 

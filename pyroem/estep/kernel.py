@@ -15,8 +15,8 @@ from pyroem._pyro import unwrap
 from pyroem.estep.columns import Columns, Scratch
 from pyroem.estep.layout import Layout, finite
 from pyroem.estep.mixture import Group, Mixture
+from pyroem.mstep.runs import Expected, Run
 from pyroem.mstep.sites import pad
-from pyroem.mstep.update import Expected, Run
 from pyroem.statistics import SiteStatistics
 from pyroem.structure import Params, base_mask
 

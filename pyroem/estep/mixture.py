@@ -165,6 +165,10 @@ def mixture_of(structure: Structure, plan: Plan) -> Mixture | str:
         site, plates = reading.sites.get(name), set(structure.plates[name])
         if site is None:
             return f"no exponential family is known for site '{name}'"
+        if site.family.latent is not None:
+            return f"the statistics of site '{name}' depend on its parameters"
+        if site.family.by_row:
+            return f"the statistics of site '{name}' are the rows themselves"
         if site.along_rows:
             return f"an argument of site '{name}' varies along the rows"
         enumerated = _enumerated_dims(site, structure, plan)

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyroem._pyro import Enumerated
+from pyroem._pyro import Enumerated, unwrap
 from pyroem.mstep.plan import Plan
-from pyroem.mstep.update import Expected
+from pyroem.mstep.runs import Expected, Run
 from pyroem.structure import Params, Structure, base_mask, known_part, whole_of
 
 
@@ -50,11 +50,23 @@ def expectation(
 
 
 def collect(
-    plan: Plan, trace: Enumerated, value: Tensor, weights: Mapping[str, Tensor]
+    plan: Plan,
+    trace: Enumerated,
+    value: Tensor,
+    weights: Mapping[str, Tensor],
+    run: Run | None = None,
 ) -> Expected:
-    """Posterior weights to expected sufficient statistics."""
+    """Posterior weights to expected sufficient statistics.
+
+    Latent variables of the distributions themselves have their posterior in ``run``, if it is given
+    and not that of ``trace``.
+    """
     unpacked = {name: trace.unpack(name, w) for name, w in weights.items()}
-    statistics = {name: site.expected(unpacked[name]) for name, site in plan.reading.sites.items()}
+    nodes = trace.trace.nodes if run is None else run.nodes
+    statistics = {
+        name: site.expected(unpacked[name], unwrap(nodes[name]["fn"])[0])
+        for name, site in plan.reading.sites.items()
+    }
     kept = {name: unpacked[name] for name in plan.weighted_sites}
     return Expected(value, statistics, kept)
 

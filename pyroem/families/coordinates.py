@@ -1,4 +1,4 @@
-"""The ways in which programs write a scale, a rate or a probability."""
+"""The ways in which programs write a scale, a rate, a probability or a covariance matrix."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributions.utils import probs_to_logits
 
-from pyroem.families import Arguments, Coordinate, Statistics, forms
+from pyroem.families import forms
+from pyroem.families.family import Arguments, Coordinate, Statistics
 
 Coefficients = Callable[[Statistics, Tensor, Arguments], tuple[Tensor, Tensor]]
 
@@ -68,16 +69,49 @@ def rates(coefficients: Coefficients, inverse: str | None = None) -> tuple[Coord
     return *found, log_rate
 
 
-def probabilities(coefficients: Coefficients) -> tuple[Coordinate, ...]:
-    """``probs`` and ``logits`` of a success."""
+def probabilities(
+    coefficients: Coefficients, name: str = "probs", logits: str = "logits"
+) -> tuple[Coordinate, ...]:
+    """The probability of a success and its logit."""
     return (
         Coordinate(
-            "probs",
-            "logits",
+            name,
+            logits,
             forms.PROBABILITY,
             coefficients,
             torch.sigmoid,
             lambda p: probs_to_logits(p, is_binary=True),
         ),
-        Coordinate("logits", "logits", forms.LOGIT, coefficients),
+        Coordinate(logits, logits, forms.LOGIT, coefficients),
+    )
+
+
+def covariances(coefficients: Coefficients) -> tuple[Coordinate, ...]:
+    """``covariance_matrix``, its Cholesky factor ``scale_tril`` and its inverse."""
+    return (
+        Coordinate(
+            "covariance_matrix",
+            "scale_tril",
+            forms.COVARIANCE,
+            coefficients,
+            lambda tril: tril @ tril.mT,
+            forms.cholesky,
+            clip=forms.clip_eigenvalues,
+        ),
+        Coordinate(
+            "scale_tril",
+            "scale_tril",
+            forms.SCALE_TRIL,
+            coefficients,
+            clip=lambda t, floor: forms.clip_through(t, floor, lambda m: m @ m.mT, forms.cholesky),
+        ),
+        Coordinate(
+            "precision_matrix",
+            "scale_tril",
+            forms.PRECISION,
+            coefficients,
+            torch.cholesky_inverse,
+            lambda p: forms.cholesky(forms.inverse(p)),
+            clip=lambda t, floor: forms.clip_through(t, floor, forms.inverse, forms.inverse),
+        ),
     )

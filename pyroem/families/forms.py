@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from pyro import distributions as dist
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 Coefficients = tuple[Tensor, ...]
 
@@ -33,11 +34,24 @@ class Form:
         The number of event dims of each coefficient.
     mode
         Coefficients to maximiser, block by block; not finite where the coefficients are all zero.
+    mode_beside
+        ``(old, held, *coefficients) -> maximisers`` where some elements of each block stay as they
+        are; needed where an element's optimum depends on the others of its block.
+    mode_of_cells
+        In place of ``mode``, for a kernel that does not add: ``(index, count, *coefficients) ->
+        maximisers`` from the coefficients of every cell, with the number of its block.
     conjugate
         Prior distribution type to its coefficients (a function of the distribution).
     domain
         The supports on which the mode is the maximiser: ``"scalar"`` (the kernel is unimodal, so
         any interval will do: the mode is clipped to it), or names of constraints.
+    expansion
+        ``(t, *coefficients) -> (kernel, slope, curvature)`` for regressions: the first derivative
+        by ``t``, and the negative of the second or its expectation, which is not negative.
+    stretched
+        ``(factor, *coefficients) -> coefficients`` of the kernel as a function of ``t / factor``.
+    shifted
+        ``(offset, *coefficients) -> coefficients`` of the kernel as a function of ``t - offset``.
     """
 
     name: str
@@ -47,6 +61,20 @@ class Form:
     event_dim: int = 0
     conjugate: dict[type, Callable[[Any], Coefficients]] = field(default_factory=dict)
     domain: tuple[str, ...] = ("scalar",)
+    expansion: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
+    stretched: Callable[..., Coefficients] | None = None
+    shifted: Callable[..., Coefficients] | None = None
+    mode_of_cells: Callable[..., Tensor] | None = None
+    mode_beside: Callable[..., Tensor] | None = None
+
+    @property
+    def known(self) -> bool:
+        """Whether there is a closed form."""
+        return self.mode is not _unknown or self.mode_of_cells is not None
+
+
+def _unknown(*coefficients: Tensor) -> Tensor:
+    raise NotImplementedError
 
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:
@@ -64,8 +92,37 @@ def _solve(b: Tensor, a: Tensor) -> Tensor:
     return solution.squeeze(-1)
 
 
+def _solve_beside(old: Tensor, held: Tensor, b: Tensor, a: Tensor) -> Tensor:
+    """``A_ff^-1 (b_f - A_fh t_h)`` for the free elements of each vector."""
+    kept = torch.where(held, old, 0.0)
+    rest = b - (a @ kept.unsqueeze(-1)).squeeze(-1)
+    free = ~held
+    both = free.unsqueeze(-1) & free.unsqueeze(-2)
+    inside = torch.where(both, a, torch.diag_embed(held.to(a)))
+    return torch.where(held, old, _solve(torch.where(held, 0.0, rest), inside))
+
+
+def _simplex_beside(old: Tensor, held: Tensor, a: Tensor) -> Tensor:
+    left = 1 - torch.where(held, old, 0.0).sum(-1, keepdim=True)
+    a = torch.where(held, 0.0, a.clamp(min=0))
+    return torch.where(held, old, a * (left / a.sum(-1, keepdim=True)))
+
+
+def _logits_beside(old: Tensor, held: Tensor, a: Tensor) -> Tensor:
+    """The free categories have their shares, and those that are held theirs together."""
+    outside = torch.where(held, a, 0.0).sum(-1, keepdim=True)
+    level = torch.where(held, old, -torch.inf).logsumexp(-1, keepdim=True)
+    level = torch.where(held.any(-1, keepdim=True), level - outside.log(), 0.0)
+    return torch.where(held, old, a.log() + level)
+
+
 def _zeros(x: Tensor) -> Tensor:
     return torch.zeros_like(x)
+
+
+def _vector_expansion(t: Tensor, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    along = (a @ t.unsqueeze(-1)).squeeze(-1)
+    return (b * t - 0.5 * along * t).sum(-1), b - along, a
 
 
 LOCATION = Form(
@@ -74,6 +131,9 @@ LOCATION = Form(
     _ratio,
     (0, 0),
     conjugate={dist.Normal: lambda p: (p.loc / p.scale**2, p.scale**-2)},
+    expansion=lambda t, b, a: (b * t - 0.5 * a * t**2, b - a * t, a),
+    stretched=lambda c, b, a: (c * b, c**2 * a),
+    shifted=lambda o, b, a: (b - a * o, a),
 )
 VECTOR_LOCATION = Form(
     "vector location",
@@ -89,6 +149,8 @@ VECTOR_LOCATION = Form(
         dist.Normal: lambda p: (p.loc / p.scale**2, torch.diag_embed(p.scale**-2)),
     },
     domain=("real_vector",),
+    expansion=_vector_expansion,
+    mode_beside=_solve_beside,
 )
 RATE = Form(
     "rate",
@@ -100,25 +162,69 @@ RATE = Form(
         dist.Exponential: lambda p: (_zeros(p.rate), p.rate),
         dist.Chi2: lambda p: (p.df / 2 - 1, torch.full_like(p.df, 0.5)),
     },
+    expansion=lambda t, a, b: (torch.xlogy(a, t) - b * t, a / t - b, a / t**2),
+    stretched=lambda c, a, b: (a, c * b),
 )
-LOG_RATE = Form("log rate", "a t - b exp(t)", lambda a, b: (a / b).log(), (0, 0))
+LOG_RATE = Form(
+    "log rate",
+    "a t - b exp(t)",
+    lambda a, b: (a / b).log(),
+    (0, 0),
+    expansion=lambda t, a, b: (a * t - b * t.exp(), a - b * t.exp(), b * t.exp()),
+    shifted=lambda o, a, b: (a, b * o.exp()),
+)
 INVERSE_RATE = Form(
     "inverse rate",
     "-a log t - b / t",
     lambda a, b: b / a,
     (0, 0),
     conjugate={dist.InverseGamma: lambda p: (p.concentration + 1, p.rate)},
+    expansion=lambda t, a, b: (-a * t.log() - b / t, b / t**2 - a / t, a / t**2),
+    stretched=lambda c, a, b: (a, b / c),
 )
-SCALE = Form("scale", "-a log t - b / t^2", lambda a, b: (2 * b / a).sqrt(), (0, 0))
-LOG_SCALE = Form("log scale", "-a t - b exp(-2 t)", lambda a, b: (2 * b / a).log() / 2, (0, 0))
+SCALE = Form(
+    "scale",
+    "-a log t - b / t^2",
+    lambda a, b: (2 * b / a).sqrt(),
+    (0, 0),
+    expansion=lambda t, a, b: (-a * t.log() - b / t**2, 2 * b / t**3 - a / t, 2 * a / t**2),
+    stretched=lambda c, a, b: (a, b / c**2),
+)
+LOG_SCALE = Form(
+    "log scale",
+    "-a t - b exp(-2 t)",
+    lambda a, b: (2 * b / a).log() / 2,
+    (0, 0),
+    expansion=lambda t, a, b: (
+        -a * t - b * (-2 * t).exp(),
+        2 * b * (-2 * t).exp() - a,
+        4 * b * (-2 * t).exp(),
+    ),
+    shifted=lambda o, a, b: (a, b * (-2 * o).exp()),
+)
 PROBABILITY = Form(
     "probability",
     "a log t + b log(1 - t)",
     lambda a, b: a / (a + b),
     (0, 0),
     conjugate={dist.Beta: lambda p: (p.concentration1 - 1, p.concentration0 - 1)},
+    expansion=lambda t, a, b: (
+        torch.xlogy(a, t) + torch.xlogy(b, 1 - t),
+        a / t - b / (1 - t),
+        a / t**2 + b / (1 - t) ** 2,
+    ),
 )
-LOGIT = Form("logit", "a t - (a + b) log(1 + exp(t))", lambda a, b: (a / b).log(), (0, 0))
+LOGIT = Form(
+    "logit",
+    "a t - (a + b) log(1 + exp(t))",
+    lambda a, b: (a / b).log(),
+    (0, 0),
+    expansion=lambda t, a, b: (
+        a * logsigmoid(t) + b * logsigmoid(-t),
+        a * torch.sigmoid(-t) - b * torch.sigmoid(t),
+        (a + b) * torch.sigmoid(t) * torch.sigmoid(-t),
+    ),
+)
 SIMPLEX = Form(
     "simplex",
     "sum_k a_k log t_k",
@@ -127,7 +233,17 @@ SIMPLEX = Form(
     event_dim=1,
     conjugate={dist.Dirichlet: lambda p: (p.concentration - 1,)},
     domain=("simplex", "positive_vector"),
+    mode_beside=_simplex_beside,
 )
+
+
+def _logits_expansion(t: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    total, p = a.sum(-1, keepdim=True), t.softmax(-1)
+    value = (a * t.log_softmax(-1)).sum(-1)
+    spread = torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)
+    return value, a - total * p, total.unsqueeze(-1) * spread
+
+
 LOGITS = Form(
     "logits",
     "sum_k a_k t_k - (sum_k a_k) log(sum_k exp(t_k))",
@@ -135,6 +251,8 @@ LOGITS = Form(
     (1,),
     event_dim=1,
     domain=("real_vector",),
+    expansion=_logits_expansion,
+    mode_beside=_logits_beside,
 )
 COVARIANCE = Form(
     "covariance",
@@ -143,6 +261,7 @@ COVARIANCE = Form(
     (0, 2),
     event_dim=2,
     domain=("positive_definite",),
+    stretched=lambda c, a, b: (a, b / c[..., None, None]),
 )
 PRECISION = Form(
     "precision matrix",
@@ -150,7 +269,9 @@ PRECISION = Form(
     lambda a, b: inverse(b / a[..., None, None]),
     (0, 2),
     event_dim=2,
+    conjugate={dist.Wishart: lambda p: (p.df - p.event_shape[-1] - 1, p.precision_matrix)},
     domain=("positive_definite",),
+    stretched=lambda c, a, b: (a, b * c[..., None, None]),
 )
 SCALE_TRIL = Form(
     "Cholesky factor",
@@ -203,10 +324,43 @@ PROFILE_SHAPE = Form(
     _profile_shape,
     (0, 0),
 )
+DEGREES = Form(
+    "degrees of freedom",
+    "b t / 2 - a (log Gamma(t / 2) - t log(t / 2) / 2 + t / 2)",
+    lambda b, a: 2 * _profile_shape(b, a),
+    (0, 0),
+)
+FREE = tuple(Form("free", "unknown", _unknown, (), event_dim=e) for e in range(3))
 DIRECTION = Form(
     "direction", "a cos t + b sin t", lambda a, b: torch.atan2(b, a), (0, 0), domain=("circle",)
 )
 DISPERSION = Form("dispersion", "b t - a log I0(t)", _dispersion, (0, 0))
+
+
+def _weighted_median(index: Tensor, count: int, b: Tensor, a: Tensor) -> Tensor:
+    """For each block the smallest ``t = b / a`` below which half of the sum of ``a`` lies."""
+    index, b, a = index[a > 0], b[a > 0], a[a > 0]
+    points = b / a
+    order = points.argsort(stable=True)
+    order = order[index[order].argsort(stable=True)]
+    index, points, a = index[order], points[order], a[order]
+    ends = torch.bincount(index, minlength=count).cumsum(0)
+    before = torch.cat([a.new_zeros(1), a.cumsum(0)])
+    low = before[torch.cat([ends.new_zeros(1), ends[:-1]])]
+    half = (low + before[ends]) / 2
+    at = torch.searchsorted(before[1:].contiguous(), half.contiguous()).clamp(max=len(points) - 1)
+    full = ends > torch.cat([ends.new_zeros(1), ends[:-1]])
+    return torch.where(full, points[torch.minimum(at, (ends - 1).clamp(min=0))], torch.nan)
+
+
+MEDIAN = Form(
+    "median",
+    "-sum_n |a_n t - b_n|",
+    _unknown,
+    (0, 0),
+    conjugate={dist.Laplace: lambda p: (p.loc / p.scale, 1 / p.scale)},
+    mode_of_cells=_weighted_median,
+)
 
 
 def _definite(x: Tensor) -> Tensor:

@@ -12,8 +12,16 @@ from torch import Tensor
 from torch.distributions.von_mises import _log_modified_bessel_fn as log_bessel
 from torch.nn.functional import logsigmoid
 
-from pyroem.families import Arguments, Coordinate, Family, Statistics, flat, forms, register_family
+from pyroem.families import forms
 from pyroem.families.coordinates import probabilities, rates, scales
+from pyroem.families.family import Arguments, Coordinate, Family, Statistics, flat, register_family
+from pyroem.families.generic import free
+from pyroem.families.standard import (
+    multivariate_location,
+    multivariate_log_density,
+    multivariate_natural,
+    packed_products,
+)
 
 LOG_2PI, LOG_HALF_PI = math.log(2 * math.pi), math.log(0.5 * math.pi)
 
@@ -131,6 +139,7 @@ register_family(
         natural=_beta_natural,
         base_measure=lambda d, x: -x.log() - torch.log1p(-x),
         event_dims=(0, 0),
+        coordinates=(free("concentration1"), free("concentration0")),
     ),
 )
 
@@ -154,6 +163,7 @@ register_family(
         base_measure=lambda d, x: -x.log().sum(-1),
         event_dims=(1,),
         argument_dims={"concentration": 1},
+        coordinates=(free("concentration", 1),),
     ),
 )
 
@@ -215,5 +225,78 @@ register_family(
         natural=lambda args: ((logsigmoid(-args["logits"]),), -logsigmoid(args["logits"])),
         base_measure=flat,
         coordinates=probabilities(_trials),
+    ),
+)
+
+
+# Laplace: the rows themselves. The location is a weighted median.
+
+
+def _absolute(s: Statistics, w: Tensor, args: Arguments) -> Tensor:
+    return (s[0] - w * args["loc"]).abs()
+
+
+def _laplace_location(s: Statistics, w: Tensor, args: Arguments) -> tuple[Tensor, Tensor]:
+    return s[0] / args["scale"], w / args["scale"]
+
+
+def _laplace_scale(s: Statistics, w: Tensor, args: Arguments) -> tuple[Tensor, Tensor]:
+    return torch.broadcast_tensors(w, _absolute(s, w, args))
+
+
+register_family(
+    dist.Laplace,
+    Family(
+        lambda d: {"loc": d.loc, "scale": d.scale},
+        lambda d, x: (x,),
+        lambda args, s, w: -_absolute(s, w, args) / args["scale"] - w * (2 * args["scale"]).log(),
+        leading="loc",
+        by_row=True,
+        coordinates=(
+            Coordinate("loc", "loc", forms.MEDIAN, _laplace_location),
+            Coordinate("scale", "scale", forms.INVERSE_RATE, _laplace_scale),
+            Coordinate(
+                "rate", "scale", forms.RATE, _laplace_scale, torch.reciprocal, torch.reciprocal
+            ),
+        ),
+    ),
+)
+
+
+# LowRankMultivariateNormal: T(x) = (x, x x'), with covariance W W' + diag(d).
+
+
+def _low_rank(args: Arguments) -> Arguments:
+    factor, diagonal = args["cov_factor"], args["cov_diag"]
+    covariance = factor @ factor.mT + torch.diag_embed(diagonal)
+    return {"loc": args["loc"], "scale_tril": torch.linalg.cholesky(covariance)}
+
+
+def _factor_location(s: Statistics, w: Tensor, args: Arguments) -> tuple[Tensor, Tensor]:
+    return multivariate_location(s, w, _low_rank(args))
+
+
+register_family(
+    dist.LowRankMultivariateNormal,
+    Family(
+        lambda d: {
+            "loc": d.loc,
+            "cov_factor": d._unbroadcasted_cov_factor,
+            "cov_diag": d._unbroadcasted_cov_diag,
+        },
+        lambda d, x: (x, x.unsqueeze(-1) * x.unsqueeze(-2)),
+        lambda args, s, w: multivariate_log_density(_low_rank(args), s, w),
+        natural=lambda args: multivariate_natural(_low_rank(args)),
+        base_measure=flat,
+        packed=packed_products,
+        event_dims=(1, 2),
+        argument_dims={"loc": 1, "cov_factor": 2, "cov_diag": 1},
+        location="loc",
+        variance=lambda args: args["cov_diag"],
+        coordinates=(
+            Coordinate("loc", "loc", forms.VECTOR_LOCATION, _factor_location),
+            free("cov_factor", 2),
+            free("cov_diag", 1),
+        ),
     ),
 )

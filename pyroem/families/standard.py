@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.distributions.utils import logits_to_probs, probs_to_logits
 from torch.nn.functional import logsigmoid
 
-from pyroem.families import Arguments, Coordinate, Family, Statistics, flat, forms, register_family
-from pyroem.families.coordinates import probabilities, rates, scales
+from pyroem.families import forms
+from pyroem.families.coordinates import covariances, probabilities, rates, scales
+from pyroem.families.family import Arguments, Coordinate, Family, Statistics, flat, register_family
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -75,27 +76,28 @@ register_family(
 # MultivariateNormal: T(x) = (x, x x').
 
 
-def _scatter(args: Arguments, s: Statistics, w: Tensor) -> Tensor:
-    """``sum_n w_n (x_n - loc)(x_n - loc)'``."""
-    loc = args["loc"]
-    cross = _outer(s[0], loc)
-    result = s[1] - cross - cross.mT + _outer(loc, loc) * w[..., None, None]
+def scatter(loc: Tensor, first: Tensor, second: Tensor, w: Tensor) -> Tensor:
+    """``sum_n w_n (x_n - loc)(x_n - loc)'`` from the sums of ``w``, ``w x`` and ``w x x'``."""
+    cross = _outer(first, loc)
+    result = second - cross - cross.mT + _outer(loc, loc) * w[..., None, None]
     return 0.5 * (result + result.mT)
 
 
-def _multivariate_log_density(args: Arguments, s: Statistics, w: Tensor) -> Tensor:
+def multivariate_log_density(args: Arguments, s: Statistics, w: Tensor) -> Tensor:
+    """The expected log-density of a multivariate normal."""
     tril = args["scale_tril"]
-    scatter = _scatter(args, s, w)
-    shape = torch.broadcast_shapes(tril.shape, scatter.shape)
-    tril, scatter = tril.expand(shape), scatter.expand(shape)
-    half = torch.linalg.solve_triangular(tril, scatter, upper=False)
+    around = scatter(args["loc"], s[0], s[1], w)
+    shape = torch.broadcast_shapes(tril.shape, around.shape)
+    tril, around = tril.expand(shape), around.expand(shape)
+    half = torch.linalg.solve_triangular(tril, around, upper=False)
     distance = torch.linalg.solve_triangular(tril, half.mT, upper=False)
     quadratic = distance.diagonal(dim1=-2, dim2=-1).sum(-1)
     log_det = tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     return -0.5 * quadratic - w * (log_det + 0.5 * LOG_2PI * tril.shape[-1])
 
 
-def _multivariate_natural(args: Arguments) -> tuple[Statistics, Tensor]:
+def multivariate_natural(args: Arguments) -> tuple[Statistics, Tensor]:
+    """Its natural parameters and log-normaliser."""
     tril = args["scale_tril"]
     precision = torch.cholesky_inverse(tril)
     first = (precision @ args["loc"].unsqueeze(-1)).squeeze(-1)
@@ -117,15 +119,23 @@ def _lower_products(x: Tensor, empty: Callable[[Sequence[int]], Tensor]) -> Tens
     return result.movedim(0, -1)
 
 
-def _multivariate_location(s: Statistics, w: Tensor, args: Arguments) -> tuple[Tensor, Tensor]:
+def packed_products(
+    d: object, x: Tensor, empty: Callable[[Sequence[int]], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """``x`` and the lower triangle of ``x x'``."""
+    return x, _lower_products(x, empty)
+
+
+def multivariate_location(s: Statistics, w: Tensor, args: Arguments) -> tuple[Tensor, Tensor]:
+    """The kernel of a mean vector."""
     precision = torch.cholesky_inverse(args["scale_tril"])
     b = (precision @ s[0].unsqueeze(-1)).squeeze(-1)
     return b, precision * w[..., None, None]
 
 
 def _covariance_coefficients(s: Statistics, w: Tensor, args: Arguments) -> tuple[Tensor, Tensor]:
-    scatter = _scatter(args, s, w)
-    return w.expand(scatter.shape[:-2]), scatter
+    around = scatter(args["loc"], s[0], s[1], w)
+    return w.expand(around.shape[:-2]), around
 
 
 register_family(
@@ -133,43 +143,17 @@ register_family(
     Family(
         lambda d: {"loc": d.loc, "scale_tril": d._unbroadcasted_scale_tril},
         lambda d, x: (x, _outer(x, x)),
-        _multivariate_log_density,
-        natural=_multivariate_natural,
+        multivariate_log_density,
+        natural=multivariate_natural,
         base_measure=flat,
-        packed=lambda d, x, empty: (x, _lower_products(x, empty)),
+        packed=packed_products,
         event_dims=(1, 2),
         argument_dims={"loc": 1, "scale_tril": 2},
         location="loc",
         variance=lambda args: args["scale_tril"].diagonal(dim1=-2, dim2=-1) ** 2,
         coordinates=(
-            Coordinate("loc", "loc", forms.VECTOR_LOCATION, _multivariate_location),
-            Coordinate(
-                "covariance_matrix",
-                "scale_tril",
-                forms.COVARIANCE,
-                _covariance_coefficients,
-                lambda tril: tril @ tril.mT,
-                forms.cholesky,
-                clip=forms.clip_eigenvalues,
-            ),
-            Coordinate(
-                "scale_tril",
-                "scale_tril",
-                forms.SCALE_TRIL,
-                _covariance_coefficients,
-                clip=lambda t, floor: forms.clip_through(
-                    t, floor, lambda m: m @ m.mT, forms.cholesky
-                ),
-            ),
-            Coordinate(
-                "precision_matrix",
-                "scale_tril",
-                forms.PRECISION,
-                _covariance_coefficients,
-                torch.cholesky_inverse,
-                lambda p: forms.cholesky(forms.inverse(p)),
-                clip=lambda t, floor: forms.clip_through(t, floor, forms.inverse, forms.inverse),
-            ),
+            Coordinate("loc", "loc", forms.VECTOR_LOCATION, multivariate_location),
+            *covariances(_covariance_coefficients),
         ),
     ),
 )

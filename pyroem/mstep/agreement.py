@@ -28,7 +28,10 @@ def check_families(
     """
     seen = set()
     for site in sites:
-        _check_density(site, traces)
+        if site.family.latent is None:
+            _check_density(site, traces)
+        else:
+            _check_bound(site, traces)
         for coordinate in site.family.coordinates:
             argument = site.arguments[coordinate.argument]
             key = (id(site.family), coordinate.name)
@@ -44,12 +47,12 @@ def _check_coordinate(
     site: SiteModel, coordinate: Coordinate, trace: Enumerated, point: Params
 ) -> None:
     """The kernel's maximiser must maximise the expected log-density, all rows weighing alike."""
-    if coordinate.form.event_dim:
+    if coordinate.form.event_dim or not coordinate.form.known or coordinate.form.mode_of_cells:
         return
     node = trace.trace.nodes[site.name]
     base, _, _ = unwrap(node["fn"])
     rows = torch.ones(site.shape[: len(site.shape) - site.events], dtype=site.dtype)
-    statistics = site.expected(rows)
+    statistics = site.expected(rows, base)
     arguments = site.centred(site.evaluate(point, lambda: base))
     mode = coordinate.form.mode(
         *coordinate.coefficients(statistics.values, statistics.weight, arguments)
@@ -102,6 +105,34 @@ def _check_density(site: SiteModel, traces: tuple[Enumerated, ...]) -> None:
             " arguments within their bounds (a scale that may become negative needs a constraint)?"
             " If the family is your own, mend its statistics, natural parameters or log-normaliser."
         )
+
+
+def _check_bound(site: SiteModel, traces: tuple[Enumerated, ...]) -> None:
+    """From one probe to the other ``log_prob`` must gain at least what the expected density gains.
+
+    So it is for every latent variable whose posterior at the first probe is used (Jensen).
+    """
+    rank = len(site.shape)
+    bases = [unwrap(trace.trace.nodes[site.name]["fn"])[0] for trace in traces]
+    x = site.data.value
+    exact = [base.log_prob(x) for base in bases]
+    arguments = [
+        site.centred({k: pad(v, rank, site.arguments[k].event_dim) for k, v in found.items()})
+        for found in map(site.family.arguments, bases)
+    ]
+    one = torch.ones((1,) * rank, dtype=site.dtype)
+    for here, there in ((0, 1), (1, 0)):
+        statistics = site.statistics_at(bases[here])
+        density = [site.family.log_density(a, statistics, one) for a in arguments]
+        gap = (density[there] - density[here]) - (exact[there] - exact[here])
+        gap = gap[gap.isfinite()]
+        size = 1 + exact[here][exact[here].isfinite()].abs().max()
+        if gap.numel() and gap.max() > (1e-9 if x.dtype == torch.float64 else 1e-3) * size:
+            raise ModelError(
+                f"Site '{site.name}': the registered family of {type(bases[0]).__name__} is not a"
+                f" lower bound of its log_prob (it exceeds it by {float(gap.max()):g}). Mend its"
+                " latent statistics or its log_density."
+            )
 
 
 def _few(x: Tensor, rank: int, most: int = 32) -> Tensor:

@@ -18,18 +18,22 @@ class Rung(Enum):
     """How a parameter is updated in the M-step."""
 
     CLOSED_FORM = "closed form"
+    REGRESSION = "regression"
     ON_STATISTICS = "on statistics"
+    ON_ROWS = "on rows"
     GRADIENT = "gradient"
     FIXED = "fixed"
 
 
 @dataclass(frozen=True)
 class Use:
-    """A place where a parameter's blocks stand unchanged as an argument of a site."""
+    """A place where a parameter's blocks stand as an argument of a site: ``factor t + offset``."""
 
     site: SiteModel
     coordinate: Coordinate
     cells: Tensor
+    factor: Tensor | None = None
+    offset: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,8 @@ class Block:
     """One parameter's entry in the plan.
 
     ``partners`` are parameters that follow it freely: if they are updated too, it takes its
-    ``profiled`` form, which has them at their maximisers.
+    ``profiled`` form, which has them at their maximisers. An ``ordered`` one increases along its
+    last dim.
     """
 
     name: str
@@ -48,6 +53,7 @@ class Block:
     lower: float = -torch.inf
     upper: float = torch.inf
     partners: frozenset[str] = frozenset()
+    ordered: bool = False
 
     @cached_property
     def profiled(self) -> Block:
@@ -60,7 +66,9 @@ class Block:
     @cached_property
     def alone(self) -> bool:
         """Whether it stands in one place, every element once and in order."""
-        if len(self.uses) != 1:
+        if len(self.uses) != 1 or (
+            self.uses[0].factor is not None or self.uses[0].offset is not None
+        ):
             return False
         cells = self.uses[0].cells.reshape(-1)
         return torch.equal(cells, torch.arange(len(cells)).to(cells))

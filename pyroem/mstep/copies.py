@@ -21,8 +21,11 @@ def copyable(plan: Plan) -> str:
     for block in plan.blocks.values():
         if block.rung not in (Rung.CLOSED_FORM, Rung.FIXED):
             return f"parameter '{block.name}' has no closed form"
+        if plan.structure.parameters[block.name].held is not None:
+            return f"elements of parameter '{block.name}' are held"
     for site in plan.reading.sites.values():
-        if any(a.selection is None for a in site.arguments.values()):
+        selections = [a.selection for a in site.arguments.values()]
+        if any(s is None or s.factor is not None for s in selections):
             return f"an argument of site '{site.name}' has to be asked of the program"
     return ""
 

@@ -11,10 +11,12 @@ from pyroem.errors import ModelError
 from pyroem.structure import Parameter, Params, from_search, to_search
 
 Objective = Callable[[Params], Tensor]
+MakeOptimiser = Callable[[list[Tensor]], torch.optim.Optimizer]
 
 HALVINGS = 10
 SETTLED = 1e-18  # nats a row that a step promises: its square root is what is left of the slope
 RIDGE = 1e-7  # relative to the largest curvature
+LONGEST = 20.0  # units of a coordinate in one step
 STUCK = 1e-12  # nats a row: a step that gains no more may be lost in rounding
 
 
@@ -77,6 +79,49 @@ def maximise(
     return found if after >= before else params
 
 
+def ascend(
+    objective: Objective,
+    params: Params,
+    parameters: Mapping[str, Parameter],
+    steps: Mapping[str, Tensor],
+    make: MakeOptimiser,
+    count: int,
+    rows: float,
+) -> Params:
+    """``count`` steps of a torch optimiser, and back along the way where they ended lower.
+
+    Where no part of the way rises, L-BFGS takes over.
+    """
+    raw = to_search(parameters, params, steps)
+    start = {n: v.detach().clone() for n, v in raw.items()}
+    optimiser = make(list(raw.values()))
+
+    def loss() -> float:
+        optimiser.zero_grad()
+        value = -objective(from_search(parameters, raw, steps)) / rows
+        value.backward()
+        return float(value.detach())
+
+    try:
+        with torch.enable_grad():
+            for _ in range(count):
+                optimiser.step(loss)
+    except (ModelError, torch.linalg.LinAlgError):
+        pass  # back from where the program cannot run
+    with torch.no_grad():
+        before = objective(params)
+        for halving in range(HALVINGS):
+            share = 0.5**halving
+            ahead = {n: v + share * (raw[n] - v) for n, v in start.items()}
+            found = from_search(parameters, ahead, steps)
+            try:
+                if objective(found) > before:
+                    return found
+            except (ModelError, torch.linalg.LinAlgError):
+                continue
+    return maximise(objective, params, parameters, steps, max_iter=count, rows=rows)
+
+
 def _newton(objective: Objective, start: Params, max_iter: int) -> tuple[Params, bool]:
     """Newton's method, never downwards: how far it came, and whether there is no more to gain.
 
@@ -103,13 +148,14 @@ def _newton(objective: Objective, start: Params, max_iter: int) -> tuple[Params,
                     ]
                 )
                 slope = slope.detach()
-                curvature = -(curvature + curvature.T) / 2
-                # Along a ridge (of a sum, only the terms' differences count) no step is taken.
-                curvature.diagonal().add_(RIDGE * curvature.diagonal().abs().max())
-                factor, failed = torch.linalg.cholesky_ex(curvature)
-                if bool(failed) or not bool(slope.isfinite().all()):
-                    break  # not curved downwards here
-                step = torch.cholesky_solve(slope.unsqueeze(-1), factor).squeeze(-1)
+                if not bool(slope.isfinite().all()) or not bool(curvature.isfinite().all()):
+                    break
+                # Where it is curved upwards the step goes as far as if it were curved downwards;
+                # along a ridge (of a sum, only the terms' differences count) hardly anywhere.
+                values, vectors = torch.linalg.eigh((curvature + curvature.T) / 2)
+                values = values.abs()
+                step = vectors @ (vectors.T @ slope / (values + RIDGE * values.max()))
+                step = step * min(1.0, LONGEST / float(step.abs().max().clamp(min=1e-300)))
                 gain = float(slope @ step)
                 for _ in range(HALVINGS):
                     ahead = (point.detach() + step).requires_grad_()

@@ -1,29 +1,27 @@
-"""The ladder: for each parameter the first rung that holds, and why."""
+"""The plan of an M-step: what is updated how, in which order, and what together."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from pyro import distributions as dist
 from torch import Tensor
-from torch.distributions import constraints
 
-from pyroem._pyro import isolated, unwrap
-from pyroem.families.forms import Form
+from pyroem._pyro import isolated
 from pyroem.mstep.agreement import check_families
 from pyroem.mstep.blocks import Block, Rung, Use
+from pyroem.mstep.ladder import place
+from pyroem.mstep.predictors import find_predictors
+from pyroem.mstep.regression import Regression, regression
 from pyroem.mstep.scales import search_steps
-from pyroem.mstep.sites import Reading, SiteModel, read_sites
-from pyroem.structure import Parameter, Structure, base_mask, check_names
+from pyroem.mstep.sites import Argument, Reading, SiteModel, read_sites
+from pyroem.structure import Fixed, Structure, hold
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What an M-step does, in order: closed forms, then the numerical blocks.
+    """What an M-step does, in order: closed forms and regressions, then the numerical blocks.
 
     ``interacting`` says that one pass over the blocks may leave something to gain, so they are
     updated in turn until they settle; ``steps`` are the units of numerical searches.
@@ -34,6 +32,7 @@ class Plan:
     blocks: dict[str, Block]
     interacting: bool
     steps: dict[str, Tensor]
+    regressions: tuple[Regression, ...] = ()
 
     def on(self, rung: Rung) -> list[Block]:
         """The blocks on one rung, in the order of their update."""
@@ -46,25 +45,78 @@ class Plan:
         return frozenset(s for s, d in self.reading.dependence.items() if d & gradient)
 
 
-def make_plan(structure: Structure, fixed: Iterable[str] = ()) -> Plan:
+def make_plan(structure: Structure, fixed: Fixed = ()) -> Plan:
     """Read the sites and put every parameter on the first rung that holds."""
-    fixed = frozenset(fixed)
-    check_names(fixed, structure.parameters, "fixed")
+    structure, whole = hold(structure, fixed)
     reading = read_sites(structure)
     with isolated(structure.program.dtype, 0), torch.no_grad():
         check_families(reading.sites.values(), reading.traces, reading.points[0])
+        reading = find_predictors(structure, reading)
     blocks = {}
     for name, parameter in structure.parameters.items():
-        if name in fixed:
+        if name in whole:
             blocks[name] = Block(name, Rung.FIXED, "held at its start, as asked")
         else:
-            blocks[name] = _place(structure, reading, parameter)
+            blocks[name] = place(structure, reading, parameter)
     blocks = {n: _with_partners(structure, b, blocks) for n, b in blocks.items()}
+    blocks = {n: _searched_with_others(reading, b, blocks) for n, b in blocks.items()}
     # Locations and profiles first: what is then found around them is exact.
-    order = sorted(blocks.values(), key=lambda b: not (b.partners or _is_location(b)))
+    leading = _leading_parameters(reading)
+    order = sorted(blocks.values(), key=lambda b: not (b.partners or b.name in leading))
     blocks = {b.name: b for b in order}
     steps = search_steps(structure, reading, blocks)
-    return Plan(structure, reading, blocks, _interacting(structure, reading, order), steps)
+    interacting = _interacting(structure, reading, order)
+    regressions = tuple(
+        regression(structure, reading.places, names) for names in _solved_together(reading, order)
+    )
+    for together in regressions:
+        for name in together.offsets:
+            blocks[name] = replace(blocks[name], reason=_in_words(together, blocks[name]))
+    return Plan(structure, reading, blocks, interacting, steps, regressions)
+
+
+def _searched_with_others(reading: Reading, block: Block, blocks: dict[str, Block]) -> Block:
+    """The block; where a search goes on over what it is added to, a part of that search."""
+    if block.rung is not Rung.REGRESSION:
+        return block
+    for site in reading.places:
+        for argument in site.arguments.values():
+            if block.name not in argument.parameters or argument.affine is None:
+                continue
+            for other in argument.affine.names:
+                rung = blocks[other].rung
+                if rung in (Rung.ON_STATISTICS, Rung.ON_ROWS):
+                    return Block(block.name, rung, f"searched for together with '{other}'")
+    return block
+
+
+def _solved_together(reading: Reading, blocks: Iterable[Block]) -> list[list[str]]:
+    """The coefficients of regressions, those that stand in one predictor together."""
+    names = [b.name for b in blocks if b.rung is Rung.REGRESSION]
+    groups = [{name} for name in names]
+    for site in reading.places:
+        for argument in site.arguments.values():
+            linked = [g for g in groups if g & argument.parameters]
+            if len(linked) > 1:
+                groups = [g for g in groups if g not in linked] + [set[str]().union(*linked)]
+    return [[n for n in names if n in g] for g in groups]
+
+
+def _in_words(together: Regression, block: Block) -> str:
+    terms = [t for t in together.terms if block.name in t.affine.names]
+    where = ", ".join(f"{t.affine.coordinate.name} of {t.site.title}" for t in terms[:3])
+    more = f" and {len(terms) - 3} more" if len(terms) > 3 else ""
+    how = "weighted least squares" if together.exact else "Newton's method (IRLS)"
+    reason = f"{how} ({where}{more}{block.reason})"
+    others = "', '".join(n for n in together.offsets if n != block.name)
+    if others:
+        reason += f", together with '{others}'"
+    if together.null.shape[1]:
+        reason += (
+            f"; {together.null.shape[1]} of its {together.size} directions change nothing, and are"
+            " left at zero"
+        )
+    return reason
 
 
 def _with_partners(structure: Structure, block: Block, blocks: dict[str, Block]) -> Block:
@@ -72,7 +124,8 @@ def _with_partners(structure: Structure, block: Block, blocks: dict[str, Block])
 
     def alone_and_free(name: str) -> bool:
         closed = blocks[name].rung is Rung.CLOSED_FORM and len(blocks[name].uses) == 1
-        return closed and not structure.parameters[name].has_prior
+        parameter = structure.parameters[name]
+        return closed and not parameter.has_prior and parameter.held is None
 
     if not alone_and_free(block.name) or block.uses[0].coordinate.profile is None:
         return block
@@ -99,8 +152,10 @@ def _one_each(many: Tensor, few: Tensor) -> bool:
     return pairs.shape[1] == torch.unique(pairs[0]).numel()
 
 
-def _is_location(block: Block) -> bool:
-    return any(u.coordinate.argument == _leading(u.site) for u in block.uses)
+def _leading_parameters(reading: Reading) -> frozenset[str]:
+    """The parameters of arguments that are updated first."""
+    found = (site.arguments.get(_leading(site) or "") for site in reading.sites.values())
+    return frozenset().union(*(a.parameters for a in found if a is not None))
 
 
 def _leading(site: SiteModel) -> str | None:
@@ -109,7 +164,7 @@ def _leading(site: SiteModel) -> str | None:
 
 def _interacting(structure: Structure, reading: Reading, blocks: list[Block]) -> bool:
     """Whether one pass over the blocks may leave something to gain."""
-    closed = [b for b in blocks if b.rung is Rung.CLOSED_FORM]
+    closed = [b for b in blocks if b.rung in (Rung.CLOSED_FORM, Rung.REGRESSION)]
     if any(b.rung is Rung.GRADIENT for b in blocks):
         return False  # generalised EM: the next iteration gains it
     moving = frozenset(b.name for b in closed)
@@ -118,11 +173,15 @@ def _interacting(structure: Structure, reading: Reading, blocks: list[Block]) ->
         return True
     if any(reading.prior_dependence.get(b.name) for b in closed):
         return True
-    if any(structure.parameters[b.name].has_prior and _is_location(b) for b in closed):
+    leading = _leading_parameters(reading)
+    if any(structure.parameters[b.name].has_prior and b.name in leading for b in closed):
         return True  # a location's prior is weighed against the scale
     profiled = {u.site.name for b in closed if b.partners for u in b.uses}
-    sites = {u.site.name: u.site for b in closed for u in b.uses}
-    return any(not _separable(site, moving) for n, site in sites.items() if n not in profiled)
+    return any(
+        not _separable(site, moving)
+        for name, site in reading.sites.items()
+        if name not in profiled and any(a.parameters & moving for a in site.arguments.values())
+    )
 
 
 def _separable(site: SiteModel, moving: frozenset[str]) -> bool:
@@ -139,158 +198,19 @@ def _separable(site: SiteModel, moving: frozenset[str]) -> bool:
     others = [a for a in site.arguments.values() if a is not location and a.parameters]
     if not others:
         return True
-    if location.selection is None or any(a.selection is None for a in others):
-        return False
-    for other in others:
-        assert other.selection is not None
-        if not _one_each(location.selection.index, other.selection.index):
-            return False
-    return True
-
-
-def _place(structure: Structure, reading: Reading, parameter: Parameter) -> Block:
-    name = parameter.name
-    if parameter.df == 0:
-        return Block(name, Rung.FIXED, "it has only one possible value")
-    touched = [s for s, depends in reading.dependence.items() if name in depends]
-    without = [s for s in touched if s not in reading.sites]
-    if without:
-        site = reading.traces[0].trace.nodes[without[0]]
-        kind = type(unwrap(site["fn"])[0]).__name__
-        if without[0] in structure.parameters:
-            reason = f"the prior of '{without[0]}' depends on an assignment"
-        else:
-            reason = f"no exponential family is registered for {kind} (site '{without[0]}')"
-        return Block(name, Rung.GRADIENT, reason)
-    closed = _closed(structure, reading, parameter, touched)
-    if closed.rung is Rung.CLOSED_FORM:
-        return closed
-    for s in touched:
-        site = reading.sites[s]
-        if site.along_rows:
-            argument = next(a for a in site.arguments.values() if a.varies & site.unit_dims)
-            plate = "', '".join(structure.unit)
-            reason = f"argument {argument.name} of site '{s}' varies along plate '{plate}'"
-            return Block(name, Rung.GRADIENT, reason)
-    return closed
-
-
-def _closed(
-    structure: Structure, reading: Reading, parameter: Parameter, touched: list[str]
-) -> Block:
-    """The closed form, or a block on the statistics with the reason why there is none."""
-    name = parameter.name
-
-    def numeric(reason: str) -> Block:
-        return Block(name, Rung.ON_STATISTICS, reason)
-
-    hyper = [p for p, depends in reading.prior_dependence.items() if name in depends]
-    if hyper:
-        return numeric(f"the prior of '{hyper[0]}' depends on it")
-    uses = []
-    for s in touched:
-        for argument in reading.sites[s].arguments.values():
-            if name not in argument.parameters:
-                continue
-            if argument.selection is None:
-                family = reading.sites[s].family
-                if any(c.argument == argument.name for c in family.coordinates):
-                    why = "is a function of it, not a selection"
-                else:
-                    why = "has no closed form (its family has no Coordinate for it)"
-                return numeric(f"argument {argument.name} of site '{s}' {why}")
-            cells = argument.selection.cells_of(name)
-            uses.append(Use(reading.sites[s], argument.selection.coordinate, cells))
-    if not uses:
-        return numeric("only its prior depends on it")
-    form = uses[0].coordinate.form
-    other = next((u for u in uses if u.coordinate.form is not form), None)
-    if other is not None:
-        return numeric(
-            f"it stands as {uses[0].coordinate.name} in site '{uses[0].site.name}' and as"
-            f" {other.coordinate.name} in site '{other.site.name}'"
-        )
-    bounds = bounds_of(parameter, form)
-    if bounds is None:
-        return numeric(
-            f"its constraint {parameter.constraint} does not suit the {form.name} kernel"
-        )
-    where = ", ".join(
-        dict.fromkeys(f"{u.coordinate.name} of site '{u.site.name}'" for u in uses[:3])
+    blocks = _blocks_at(location)
+    return blocks is not None and all(
+        other.selection is not None and _one_each(blocks, other.selection.index) for other in others
     )
-    if len(uses) > 3:
-        where += f" and {len(uses) - 3} more sites"
-    reason = f"{form.name} kernel ({where})"
-    if parameter.has_prior:
-        prior = reading.traces[0].trace.nodes[name]
-        base, _, masks = unwrap(prior["fn"])
-        kind = type(base).__name__
-        if type(base) is dist.Uniform and form.event_dim == 0:
-            reason += ", Uniform prior: clipped to its bounds"
-        elif type(base) in form.conjugate and not masks and base_mask(prior) is None:
-            reason += f", conjugate {kind} prior"
-        else:
-            return numeric(f"the {kind} prior is not conjugate to the {form.name} kernel")
-    return Block(name, Rung.CLOSED_FORM, reason, form, tuple(uses), *bounds)
 
 
-def bounds_of(parameter: Parameter, form: Form) -> tuple[float, float] | None:
-    """The interval of a scalar kernel, or ``(-inf, inf)`` where a block's constraint suits it."""
-    constraint, events = parameter.constraint, 0
-    while isinstance(constraint, constraints.independent):
-        events += constraint.reinterpreted_batch_ndims
-        constraint = constraint.base_constraint
-    if "scalar" in form.domain:
-        return interval_of(constraint)
-    kinds: dict[str, Any] = {
-        "simplex": constraints.simplex,
-        "positive_definite": constraints.positive_definite,
-        "lower_cholesky": (constraints.lower_cholesky, dist.constraints.softplus_lower_cholesky),
-    }
-    for domain in form.domain:
-        if domain == "real_vector" and interval_of(constraint) == (-torch.inf, torch.inf):
-            return -torch.inf, torch.inf
-        if domain == "circle" and interval_of(constraint) in (
-            (-torch.inf, torch.inf),
-            (-math.pi, math.pi),
-        ):
-            return -torch.inf, torch.inf
-        if domain == "positive_vector" and interval_of(constraint) == (0.0, torch.inf):
-            return -torch.inf, torch.inf
-        wanted = kinds.get(domain, ())
-        if constraint in (wanted if isinstance(wanted, tuple) else (wanted,)):
-            return -torch.inf, torch.inf
-    return None
-
-
-def interval_of(constraint: Any) -> tuple[float, float] | None:
-    """The bounds of an elementwise constraint; None where it is none."""
-    if constraint in (constraints.real, constraints.real_vector):
-        return -torch.inf, torch.inf
-    if constraint in (
-        constraints.positive,
-        constraints.nonnegative,
-        dist.constraints.softplus_positive,
-    ):
-        return 0.0, torch.inf
-    lower = getattr(constraint, "lower_bound", None)
-    upper = getattr(constraint, "upper_bound", None)
-    known = (
-        constraints.greater_than,
-        constraints.greater_than_eq,
-        constraints.less_than,
-        constraints.interval,
-        constraints.half_open_interval,
-    )
-    if not isinstance(constraint, tuple(k for k in known if isinstance(k, type))):
+def _blocks_at(argument: Argument) -> Tensor | None:
+    """For each cell the number of the block, or of the linked coefficients, that stand there."""
+    if argument.selection is not None:
+        return argument.selection.index
+    if argument.affine is None or argument.affine.loose:
         return None
-    bounds = [torch.as_tensor(b) for b in (lower, upper) if b is not None]
-    if any(b.numel() != 1 for b in bounds):
-        return None
-    return (
-        -torch.inf if lower is None else float(lower),
-        torch.inf if upper is None else float(upper),
-    )
+    return argument.affine.components
 
 
-__all__ = ["Block", "Plan", "Rung", "Use", "bounds_of", "interval_of", "make_plan"]
+__all__ = ["Block", "Plan", "Rung", "Use", "make_plan"]

@@ -19,7 +19,8 @@ class Selection:
     """``argument = inverse(bank[index])``, where ``bank`` stacks parameters' blocks and constants.
 
     ``index`` has the cell dims of the argument; ``offsets`` gives each parameter's first row in
-    the bank; rows after the last parameter are ``constants``.
+    the bank; rows after the last parameter are ``constants``. Matrices may be multiplied by a
+    ``factor``, one for each cell.
     """
 
     coordinate: Coordinate
@@ -27,6 +28,7 @@ class Selection:
     offsets: dict[str, int]
     sizes: dict[str, int]
     constants: Tensor
+    factor: Tensor | None = None
 
     @cached_property
     def whole(self) -> bool:
@@ -37,7 +39,7 @@ class Selection:
 
     def argument(self, params: Mapping[str, Tensor]) -> Tensor:
         """The argument at ``params``."""
-        if self.whole:
+        if self.whole and self.factor is None:
             value = params[next(iter(self.offsets))]
             events = value.shape[value.dim() - self.constants.dim() + 1 :]
             value = self.coordinate.canonical(value.reshape((*self.index.shape, *events)))
@@ -46,6 +48,9 @@ class Selection:
             self.coordinate.canonical(as_blocks(params[n], self.constants.dim() - 1))
             for n in self.offsets
         ]
+        if self.factor is not None:
+            bank = torch.cat([*blocks, self.constants])
+            return self.coordinate.inverse(bank[self.index] * self.factor[..., None, None])
         bank = self.coordinate.inverse(torch.cat([*blocks, self.constants]))
         return bank[self.index]
 
@@ -82,6 +87,7 @@ def find(
     offsets: dict[str, int] = {}
     sizes: dict[str, int] = {}
     total = 0
+    factor: Tensor | None = None
     for name in names:
         if params[0][name].dim() < event_dim or (
             event_dim and params[0][name].shape[-event_dim:] != event
@@ -91,6 +97,16 @@ def find(
         found = _match(flat[0], blocks[0])
         found = torch.where(_equal(flat[0], blocks[0], found), found, -1)
         found = torch.where(_equal(flat[1], blocks[1], found), found, -1)
+        if event_dim == 2 and coordinate.form.stretched is not None and bool((found < 0).all()):
+            units = [tuple(x / x[:, :1, :1] for x in pair) for pair in (flat, blocks)]
+            found = _match(units[0][0], units[1][0])
+            ratios = [f[:, 0, 0] / b[found, 0, 0] for f, b in zip(flat, blocks, strict=True)]
+            constant = (ratios[0] - ratios[1]).abs() <= _tolerance(flat[0]) * ratios[0].abs()
+            for unit, block in zip(*units, strict=True):
+                constant &= _equal(unit, block, found)
+            found = torch.where(constant, found, -1)
+            if len(names) == 1 and bool(constant.all()):
+                factor = ratios[0].reshape(shape)
         index = torch.where((index < 0) & (found >= 0), found + total, index)
         offsets[name], sizes[name] = total, blocks[0].shape[0]
         total += blocks[0].shape[0]
@@ -103,7 +119,7 @@ def find(
             return None
     constants = flat[0][free]
     index[free] = total + torch.arange(int(free.sum()))
-    return Selection(coordinate, index.reshape(shape), offsets, sizes, constants)
+    return Selection(coordinate, index.reshape(shape), offsets, sizes, constants, factor)
 
 
 def _signature(blocks: Tensor) -> Tensor:

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from pyroem._pyro import Enumerated, isolated, unwrap
 from pyroem.errors import ModelError, PyroemError
-from pyroem.families import Arguments, Family, family_of
+from pyroem.families import Arguments, Family, families_of, family_of
+from pyroem.families.generic import generic
+from pyroem.mstep.affine import Affine
 from pyroem.mstep.landmarks import Landmark, find_landmark
 from pyroem.mstep.selection import Selection, find
 from pyroem.statistics import SiteStatistics, weighted_sum
@@ -28,13 +30,17 @@ FEW = 32  # rows
 
 @dataclass(frozen=True)
 class Argument:
-    """One canonical argument: the batch dims along which it differs, the parameters behind it."""
+    """One canonical argument: the batch dims along which it differs, the parameters behind it.
+
+    What is no selection may be an affine function of some of them.
+    """
 
     name: str
     event_dim: int
     varies: frozenset[int]
     parameters: frozenset[str]
     selection: Selection | None
+    affine: Affine | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,27 @@ class SiteModel:
     centre: Tensor | None
     scale: Tensor | None
     unit_dims: frozenset[int]
+    is_prior: bool = False
+
+    @property
+    def title(self) -> str:
+        """What reports call it."""
+        return f"the prior of '{self.name}'" if self.is_prior else f"site '{self.name}'"
+
+    @property
+    def read(self) -> bool:
+        """Whether all arguments can be had without a run of the program."""
+        return all(
+            a.selection is not None or (a.affine is not None and not a.affine.loose)
+            for a in self.arguments.values()
+        )
+
+    def drawn(self, value: Tensor) -> SiteStatistics:
+        """The statistics of a prior: its data is the parameter's current value."""
+        value = pad(value, len(self.shape), len(self.data.base.event_shape))
+        own = replace(self, data=replace(self.data, value=value))
+        one = torch.ones((1,) * (len(self.shape) - self.events), dtype=value.dtype)
+        return own.expected(one)
 
     @property
     def sufficient(self) -> tuple[Tensor, ...]:
@@ -114,6 +141,8 @@ class SiteModel:
     @property
     def keep(self) -> frozenset[int]:
         """The batch dims along which any argument varies: the cells' dims."""
+        if self.family.by_row:
+            return frozenset(range(len(self.shape)))
         return frozenset().union(*(a.varies for a in self.arguments.values()))
 
     @property
@@ -121,30 +150,58 @@ class SiteModel:
         """Whether an argument varies along the rows' plates."""
         return bool(self.keep & self.unit_dims)
 
-    def expected(self, weights: Tensor) -> SiteStatistics:
-        """Expected statistics under posterior ``weights`` (Pyro's layout)."""
+    @property
+    def current(self) -> bool:
+        """Whether the statistics hang on the current arguments, or are the rows themselves."""
+        return self.family.latent is not None or self.family.by_row
+
+    def statistics_at(self, base: Any) -> tuple[Tensor, ...]:
+        """The statistics of all rows, of which some are expected ones at the program's ``base``."""
+        if self.family.latent is None:
+            return self.sufficient
+        arguments = {
+            name: pad(value, len(self.shape), self.arguments[name].event_dim)
+            for name, value in self.family.arguments(base).items()
+        }
+        x = self.data.value if self.centre is None else self.data.value - self.centre
+        found = self.family.latent(base, self.centred(arguments), x)
+        shapes = zip(found, self.family.event_dims, strict=True)
+        return tuple(pad(t, len(self.shape), e) for t, e in shapes)
+
+    def expected(self, weights: Tensor, base: Any = None) -> SiteStatistics:
+        """Expected statistics under posterior ``weights`` (Pyro's layout).
+
+        ``base`` is the program's own distribution at the site, for a family with latent variables.
+        """
         w = weights.reshape(weights.shape + (1,) * self.events)
         w = w.reshape((1,) * (len(self.shape) - w.dim()) + w.shape)
         if self.mask is not None:
             w = w * self.mask
         one = torch.ones((1,) * len(self.shape), dtype=w.dtype, device=w.device)
         weight = weighted_sum(w, one, self.shape, self.keep)
-        values = tuple(weighted_sum(w, t, self.shape, self.keep) for t in self.sufficient)
+        values = tuple(weighted_sum(w, t, self.shape, self.keep) for t in self.statistics_at(base))
         return SiteStatistics(weight, values)
 
     def evaluate(self, params: Mapping[str, Tensor], base: Callable[[], Any]) -> Arguments:
         """The arguments at ``params``; ``base`` gives the program's own distribution if needed."""
-        result, direct = {}, None
-        for name, argument in self.arguments.items():
-            if argument.selection is not None:
-                result[name] = argument.selection.argument(params)
-            else:
-                if direct is None:
-                    direct = self.family.arguments(base())
-                result[name] = narrow(
-                    direct[name], argument.event_dim, len(self.shape), argument.varies
-                )
-        return result
+        return {name: self.evaluate_one(name, params, base) for name in self.arguments}
+
+    def evaluate_one(
+        self, name: str, params: Mapping[str, Tensor], base: Callable[[], Any]
+    ) -> Tensor:
+        """One argument at ``params``."""
+        argument = self.arguments[name]
+        if argument.selection is not None:
+            return argument.selection.argument(params)
+        if argument.affine is not None and not argument.affine.loose:
+            return argument.affine.argument(params)
+        return self.argument_in(base(), name)
+
+    def argument_in(self, base: Any, name: str) -> Tensor:
+        """One argument of the program's own distribution, over the dims along which it varies."""
+        argument = self.arguments[name]
+        value = self.family.arguments(base)[name]
+        return narrow(value, argument.event_dim, len(self.shape), argument.varies)
 
     def centred(self, arguments: Arguments) -> Arguments:
         """The arguments, with the location counted from the centre of the data."""
@@ -181,16 +238,18 @@ def probe(structure: Structure, seed: int) -> Params:
     generator = torch.Generator().manual_seed(seed)
     point = {}
     for name, parameter in structure.parameters.items():
+        parameter = replace(parameter, held=None)
         raw = parameter.unconstrain(parameter.value).clamp(-5, 5)
         noise = torch.rand(raw.shape, generator=generator, dtype=torch.float64) - 0.5
         point[name] = parameter.constrain(raw + noise.to(raw))
     return point
 
 
-def _opposite(structure: Structure, point: Params) -> Params:
+def opposite(structure: Structure, point: Params) -> Params:
     """A point on the other side of zero, where ``abs``, ``clamp`` and ``relu`` show themselves."""
     opposite = {}
     for name, parameter in structure.parameters.items():
+        parameter = replace(parameter, held=None)
         raw = parameter.unconstrain(point[name])
         opposite[name] = parameter.constrain(-raw - 0.5 * raw.sign())
     return opposite
@@ -222,7 +281,8 @@ class Reading:
     ``sites`` are those with a family; ``dependence`` gives, for every factor site and every prior,
     the parameters it depends on (a prior's own value apart); ``location_changes`` how far a site's
     location moved when a parameter went from the first point to the second; ``landmarks`` where
-    the data of the sites without a family lies.
+    the data of the sites without a family lies; ``priors`` are those that depend on other
+    parameters and have a family.
     """
 
     sites: dict[str, SiteModel]
@@ -232,6 +292,12 @@ class Reading:
     points: tuple[Params, Params]
     location_changes: dict[tuple[str, str], float]
     landmarks: dict[str, Landmark]
+    priors: dict[str, SiteModel]
+
+    @property
+    def places(self) -> tuple[SiteModel, ...]:
+        """All that is known of: sites, and priors that depend on other parameters."""
+        return (*self.sites.values(), *self.priors.values())
 
 
 def read_sites(structure: Structure) -> Reading:
@@ -243,7 +309,7 @@ def read_sites(structure: Structure) -> Reading:
             name: structure.enumerate({**points[0], name: points[1][name]})
             for name in structure.parameters
         }
-        far = _opposite(structure, points[0])
+        far = opposite(structure, points[0])
         for name in structure.parameters:
             if not any(_moves(traces[0], moved[name], site) for site in traces[0].factors):
                 other = _try_far(structure, {**points[0], name: far[name]})
@@ -266,32 +332,39 @@ def read_sites(structure: Structure) -> Reading:
             hangs = (a.parameters for a in site.arguments.values())
             dependence[name] = dependence[name].union(*hangs)
         sites = _scaled(sites)
+        priors = {}
+        for name, depends in prior_dependence.items():
+            site = _read_prior(structure, name, points, traces, moved) if depends else None
+            if site is not None and distant is not None:
+                site = _confirmed(site, far, distant)
+            if site is not None:
+                priors[name] = replace(site, scale=_scale_of(name, sites, len(site.shape)))
         landmarks = {}
         for name in structure.observations:
-            mark = None if name in sites else find_landmark(structure, name, traces, points)
+            known = name in sites and not sites[name].current
+            mark = None if known else find_landmark(structure, name, traces, points)
             if mark is not None:
                 landmarks[name] = mark
         located = [s.name for s in sites.values() if s.family.location is not None]
         changes = {
-            (site, name): _location_change(site, trace, traces[0])
-            for site in (*located, *landmarks)
+            (site, name): _location_change(site, sites.get(site), trace, traces[0])
+            for site in {*located, *landmarks}
             for name, trace in moved.items()
         }
     pair = (traces[0], traces[1])
-    return Reading(sites, dependence, prior_dependence, pair, points, changes, landmarks)
+    return Reading(sites, dependence, prior_dependence, pair, points, changes, landmarks, priors)
 
 
 def _moves(a: Enumerated, b: Enumerated, site: str) -> bool:
     return not _same(a.factors[site].tensor, b.factors[site].tensor)
 
 
-def _location_change(site: str, a: Enumerated, b: Enumerated) -> float:
-    first, second = (unwrap(t.trace.nodes[site]["fn"])[0] for t in (a, b))
-    family = family_of(first)
-    if family is None:
+def _location_change(name: str, site: SiteModel | None, a: Enumerated, b: Enumerated) -> float:
+    first, second = (unwrap(t.trace.nodes[name]["fn"])[0] for t in (a, b))
+    if site is None or site.family.location is None:
         return float((first.loc - second.loc).abs().max())
-    key = str(family.location)
-    return float((family.arguments(first)[key] - family.arguments(second)[key]).abs().max())
+    key, arguments = site.family.location, site.family.arguments
+    return float((arguments(first)[key] - arguments(second)[key]).abs().max())
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -324,13 +397,63 @@ def _read_site(
     traces: tuple[Enumerated, ...],
     moved: Mapping[str, Enumerated],
 ) -> SiteModel | None:
+    """The site in the first family that its distribution has and that fits."""
+    nodes = [t.trace.nodes[name] for t in traces]
+    bases = tuple(unwrap(node["fn"])[0] for node in nodes)
+    if name in structure.parameters or not _same(nodes[0]["value"], nodes[1]["value"]):
+        return None
+    for family in families_of(bases[0]):
+        if not (family.by_row and name in structure.assignments):
+            found = _read_as(family, structure, name, points, traces, moved)
+            if found is not None:
+                return found
+    return None
+
+
+def _read_prior(
+    structure: Structure,
+    name: str,
+    points: tuple[Params, Params],
+    traces: tuple[Enumerated, ...],
+    moved: Mapping[str, Enumerated],
+) -> SiteModel | None:
+    """A prior as a site whose data is the parameter."""
+    node = traces[0].trace.nodes[name]
+    base, _, masks = unwrap(node["fn"])
+    family = family_of(base)
+    if family is None or family.latent is not None or family.by_row or family.transform is not None:
+        return None
+    if masks or base_mask(node) is not None or float(node["scale"]) != 1.0:
+        return None
+    site = _read_as(family, structure, name, points, traces, moved)
+    if site is None or not _is_rebuilt(site, base):
+        return None
+    centre = None if site.centre is None else torch.zeros(base.event_shape, dtype=site.dtype)
+    return replace(site, centre=centre, is_prior=True)
+
+
+def _scale_of(name: str, sites: Mapping[str, SiteModel], rank: int) -> Tensor | None:
+    """The variance of the data whose location a parameter is: a yardstick for that of its prior."""
+    found = [
+        site.scale.min()
+        for site in sites.values()
+        if site.scale is not None and name in site.arguments[str(site.family.location)].parameters
+    ]
+    return torch.stack(found).min().reshape((1,) * rank) if found else None
+
+
+def _read_as(
+    family: Family,
+    structure: Structure,
+    name: str,
+    points: tuple[Params, Params],
+    traces: tuple[Enumerated, ...],
+    moved: Mapping[str, Enumerated],
+) -> SiteModel | None:
     nodes = [t.trace.nodes[name] for t in traces]
     base, events, _ = unwrap(nodes[0]["fn"])
     bases = (base, unwrap(nodes[1]["fn"])[0])
-    family = family_of(base)
     value = nodes[0]["value"]
-    if family is None or name in structure.parameters or not _same(value, nodes[1]["value"]):
-        return None
     if family.transform is not None:
         seen = [family.transform(b, value) for b in bases]
         if not _same(*seen):
@@ -366,9 +489,31 @@ def _read_site(
     centre = None if family.location is None else torch.zeros((), dtype=x.dtype)  # see _scaled
     data = Recorded(family, base, x, rank, unit_dims)
     again = replace(data, base=bases[1])
-    if not all(_same(a, b) for a, b in zip(data.few, again.few, strict=True)):
+    if family.latent is None:
+        fixed = zip(data.few, again.few, strict=True)
+    else:
+        given = family.given or (lambda d, x: ())
+        fixed = zip(given(bases[0], x), given(bases[1], x), strict=True)
+    if not all(_same(a, b) for a, b in fixed):
         return None  # they depend on a parameter: a number of trials, say
-    return SiteModel(name, family, shape, events, arguments, data, mask, centre, None, unit_dims)
+    site = SiteModel(name, family, shape, events, arguments, data, mask, centre, None, unit_dims)
+    return None if family is generic(base) and not _is_rebuilt(site, base) else site
+
+
+def _is_rebuilt(site: SiteModel, base: Any) -> bool:
+    """Whether a distribution that was built again from its arguments is the same."""
+    rank = len(site.shape)
+    try:
+        arguments = {
+            name: pad(value, rank, site.arguments[name].event_dim)
+            for name, value in site.family.arguments(base).items()
+        }
+        own = base.log_prob(site.data.value)
+        again = type(base)(**arguments).log_prob(site.data.value)
+    except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError):
+        return False
+    close = torch.isclose(again, own.expand(again.shape), rtol=1e-6, atol=1e-6, equal_nan=True)
+    return bool(close.all())
 
 
 def _confirmed(site: SiteModel, point: Params, trace: Enumerated) -> SiteModel:

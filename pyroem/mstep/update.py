@@ -12,93 +12,46 @@ from pyro import distributions as dist
 from torch import Tensor
 
 from pyroem._pyro import site_log_prob, unwrap
-from pyroem.families import Arguments
 from pyroem.families.forms import Form
-from pyroem.mstep.maximise import maximise
-from pyroem.mstep.plan import Block, Plan, Rung, Use
+from pyroem.mstep.least_squares import solve
+from pyroem.mstep.maximise import MakeOptimiser, ascend, maximise
+from pyroem.mstep.plan import Block, Plan, Rung
+from pyroem.mstep.regression import Regression, regression
+from pyroem.mstep.runs import Expected, Run, coefficients_of, prior_coefficients
 from pyroem.mstep.selection import as_blocks
-from pyroem.mstep.sites import SiteModel
-from pyroem.statistics import Statistics
 from pyroem.structure import Params
 
-THOROUGH = (50, 200)  # sweeps over interacting blocks, L-BFGS iterations in each
-QUICK = (3, 20)
 SWEEP_TOLERANCE = 1e-9
-GRADIENT_STEPS = 10
 FEW = 32  # coordinates for which second derivatives are taken
+APART = 1e-10  # relative distance of neighbours in order
+VERY_FEW = 4  # where each of them takes a pass over the data
 SMALLEST = {torch.float64: 1e-100, torch.float32: 1e-30}
 
 
 @dataclass(frozen=True)
-class Expected:
-    """What the E-step hands over: statistics of sites with a family, weights of the others.
+class Effort:
+    """How far an M-step goes.
 
-    ``weights`` (Pyro's layout) are there for the sites that gradient blocks need.
+    Attributes:
+    ----------
+    sweeps
+        Over the blocks that interact.
+    iterations
+        Of each search on the statistics, or on the weighted rows.
+    steps
+        Over the data, for what has no statistics.
+    optimiser
+        A function from a list of tensors to the torch optimiser of those steps; L-BFGS if None.
     """
 
-    log_likelihood: Tensor
-    statistics: Statistics
-    weights: Mapping[str, Tensor]
-
-    def select(self, index: Tensor) -> Expected:
-        """Those of some copies, where the first dim counts copies."""
-        statistics = {name: s.select(index) for name, s in self.statistics.items()}
-        return Expected(self.log_likelihood.index_select(0, index), statistics, self.weights)
+    sweeps: int
+    iterations: int
+    steps: int = 10
+    optimiser: MakeOptimiser | None = None
 
 
-class Run:
-    """The program's distributions at some parameters, traced only if something asks."""
-
-    def __init__(self, plan: Plan, params: Params) -> None:
-        self.plan, self.params = plan, params
-        self._nodes: Any = None
-
-    @property
-    def nodes(self) -> Any:
-        """The sites of the program."""
-        if self._nodes is None:
-            structure = self.plan.structure
-            self._nodes = structure.program.run(self.params, nesting=structure.nesting).nodes
-        return self._nodes
-
-    def arguments(self, site: SiteModel) -> Arguments:
-        """A site's canonical arguments."""
-        return site.evaluate(self.params, lambda: unwrap(self.nodes[site.name]["fn"])[0])
-
-    def centred(self, site: SiteModel) -> Arguments:
-        """A site's arguments, the location counted from the data's centre; each made when used."""
-        return _Centred(site, self)
-
-    def prior(self, name: str) -> Any:
-        """The prior's site, from the first reading where its arguments are constants."""
-        if not self.plan.reading.prior_dependence[name]:
-            return self.plan.reading.traces[0].trace.nodes[name]
-        return self.nodes[name]
-
-    def log_prior(self, name: str) -> Tensor:
-        """The log prior density of a parameter."""
-        site = {**self.prior(name), "value": self.params[name]}
-        return (site_log_prob(site) * site["scale"]).sum()
-
-
-class _Centred(Arguments):
-    """Arguments that are evaluated when they are asked for."""
-
-    def __init__(self, site: SiteModel, run: Run) -> None:
-        super().__init__()
-        self.site, self.run = site, run
-
-    def __missing__(self, key: str) -> Tensor:
-        site = self.site
-        selection = site.arguments[key].selection
-        if selection is None:
-            value = self.run.arguments(site)[key]
-        else:
-            value = selection.argument(self.run.params)
-        if key == site.family.location and site.centre is not None:
-            value = value - site.centre
-        self[key] = value
-        return value
+THOROUGH = Effort(50, 200)
+QUICK = Effort(3, 20)
 
 
 def m_step(
@@ -107,7 +60,7 @@ def m_step(
     expected: Expected,
     floor: Mapping[str, Tensor] | None = None,
     only: frozenset[str] | None = None,
-    effort: tuple[int, int] = THOROUGH,
+    effort: Effort = THOROUGH,
 ) -> Params:
     """New parameters with at least the expected log-joint of ``params``.
 
@@ -115,36 +68,55 @@ def m_step(
     settle, or as often as the ``effort`` allows; what is left to gain, the next M-step gains.
     ``only`` restricts the update to some parameters (for a partial start).
     """
-    sweeps, iterations = effort
     chosen = [
         b
         for b in plan.blocks.values()
         if b.rung is not Rung.FIXED and (only is None or b.name in only)
     ]
     names = {b.name for b in chosen}
-    closed = [b for b in chosen if b.rung is Rung.CLOSED_FORM]
-    numeric = [b for b in chosen if b.rung is Rung.ON_STATISTICS]
+    direct = [b for b in chosen if b.rung in (Rung.CLOSED_FORM, Rung.REGRESSION)]
+    numeric = [b for b in chosen if b.rung in (Rung.ON_STATISTICS, Rung.ON_ROWS)]
     gradient = [b for b in chosen if b.rung is Rung.GRADIENT]
     current = dict(params)
-    for sweep in range(sweeps):
+    for sweep in range(effort.sweeps):
         before = current
-        for block in closed:
+        solved = set[str]()
+        for block in direct:
+            if block.rung is Rung.REGRESSION:
+                if block.name not in solved:
+                    together = _together(plan, block.name, names)
+                    solved |= together.offsets.keys()
+                    current = solve(plan, together, current, expected, effort.iterations)
+                continue
             if block.partners and block.partners <= names:
                 block = block.profiled
             value = closed_update(plan, block, current, expected, floor)
             current = {**current, block.name: value}
         if numeric:
             own = [b.name for b in numeric]
-            current = {**current, **_on_statistics(plan, own, current, expected, iterations)}
+            found = _on_statistics(plan, own, current, expected, effort.iterations)
+            for block in numeric:
+                clip = block.uses[0].coordinate.clip if block.uses else None
+                if floor is not None and block.name in floor and clip is not None:
+                    found[block.name] = clip(found[block.name], floor[block.name])
+            current = {**current, **found}
         if gradient and sweep == 0:
             own = [b.name for b in gradient]
-            current = {**current, **_on_data(plan, own, current, expected)}
+            current = {**current, **_on_data(plan, own, current, expected, effort)}
         if not plan.interacting:
             break
         moved = max((_relative(current[b.name], before[b.name]) for b in chosen), default=0.0)
         if moved < SWEEP_TOLERANCE:
             break
     return current
+
+
+def _together(plan: Plan, name: str, names: set[str]) -> Regression:
+    """The regression of a coefficient, of those parameters that are updated."""
+    (found,) = (r for r in plan.regressions if name in r.offsets)
+    if found.offsets.keys() <= names:
+        return found
+    return regression(plan.structure, plan.reading.places, [n for n in found.offsets if n in names])
 
 
 def _relative(new: Tensor, old: Tensor) -> float:
@@ -165,11 +137,23 @@ def closed_update(
     form, old = block.form, params[block.name]
     assert form is not None
     run = Run(plan, params)
-    totals = pooled(block, run, expected)
-    if plan.structure.parameters[block.name].has_prior:
-        prior = _prior_coefficients(form, run.prior(block.name), old)
-        totals = tuple(t + p.reshape(t.shape) for t, p in zip(totals, prior, strict=True))
-    value = form.mode(*totals).reshape(old.shape)
+    has_prior = plan.structure.parameters[block.name].has_prior
+    prior = prior_coefficients(form, run.prior(block.name), old) if has_prior else None
+    if form.mode_of_cells is not None:
+        value = form.mode_of_cells(*_cells(block, run, expected, prior)).reshape(old.shape)
+    else:
+        totals = pooled(block, run, expected)
+        if prior is not None:
+            totals = tuple(t + p.reshape(t.shape) for t, p in zip(totals, prior, strict=True))
+        held = plan.structure.parameters[block.name].held
+        if held is not None and form.mode_beside is not None:
+            dims = form.event_dim
+            around = as_blocks(old, dims), as_blocks(held, dims)
+            value = form.mode_beside(*around, *totals).reshape(old.shape)
+        else:
+            value = form.mode(*totals).reshape(old.shape)
+        if block.ordered:
+            value = in_order(form, value, totals)
     if not math.isfinite(value.sum()):
         value = torch.where(_finite_blocks(value, form.event_dim), value, old)
     coordinate = block.uses[0].coordinate
@@ -177,9 +161,51 @@ def closed_update(
         value = coordinate.clip(value, floor[block.name])
     if "scalar" in form.domain:
         value = _inside(value, block.lower, block.upper)
-        if plan.structure.parameters[block.name].has_prior:
+        if has_prior:
             value = _below(value, run.prior(block.name))
-    return value
+    held = plan.structure.parameters[block.name].held
+    return value if held is None else torch.where(held, old, value)
+
+
+def in_order(form: Form, value: Tensor, totals: tuple[Tensor, ...]) -> Tensor:
+    """The maximiser with elements that increase along the last dim: pooled adjacent violators.
+
+    A unimodal kernel that adds has its constrained maximum where neighbours out of order share the
+    mode of their summed coefficients (Barlow et al., 1972). They are kept apart by a hair, since
+    the constraint is strict.
+    """
+    length = value.shape[-1]
+    rows = value.reshape((-1, length)).clone()
+    shaped = [t.reshape((-1, length)) for t in totals]
+    for r, row in enumerate(rows):
+        pools: list[tuple[Tensor, int]] = []  # coefficients, number of elements
+        for i in range(length):
+            if not math.isfinite(row[i]):
+                return value
+            pools.append((torch.stack([t[r, i] for t in shaped]), 1))
+            while len(pools) > 1 and form.mode(*pools[-2][0]) >= form.mode(*pools[-1][0]):
+                (b, n), (a, m) = pools.pop(), pools.pop()
+                pools.append((a + b, m + n))
+        if len(pools) < length:
+            row.copy_(torch.cat([form.mode(*c).expand(n) for c, n in pools]))
+            apart = APART * (1 + row.abs().max()) * torch.arange(length)
+            row.add_(apart.to(row))
+    return rows.reshape(value.shape)
+
+
+def _cells(
+    block: Block, run: Run, expected: Expected, prior: tuple[Tensor, ...] | None
+) -> tuple[Any, ...]:
+    """The number of the block in every cell, the number of blocks, and the cells' coefficients."""
+    count = run.params[block.name].numel()
+    parts = []
+    for use in block.uses:
+        found = torch.broadcast_tensors(use.cells, *coefficients_of(use, run, expected))
+        parts.append([c.reshape(-1)[found[0].reshape(-1) >= 0] for c in found])
+    if prior is not None:
+        parts.append([torch.arange(count), *(p.reshape(-1) for p in prior)])
+    index, *coefficients = (torch.cat(list(p)) for p in zip(*parts, strict=True))
+    return index, count, *coefficients
 
 
 def _finite_blocks(x: Tensor, event_dim: int) -> Tensor:
@@ -217,7 +243,7 @@ def pooled(block: Block, run: Run, expected: Expected) -> tuple[Tensor, ...]:
     blocks = as_blocks(value, form.event_dim)
     event = tuple(blocks.shape[1:])
     if block.alone:  # the usual case needs no sums
-        found = _coefficients(block.uses[0], run, expected, form)
+        found = coefficients_of(block.uses[0], run, expected)
         shapes = [(*event[:1] * dims,) if form.event_dim else () for dims in form.coefficient_dims]
         if all(
             c.shape[: c.dim() - len(s)] == block.uses[0].cells.shape
@@ -229,7 +255,7 @@ def pooled(block: Block, run: Run, expected: Expected) -> tuple[Tensor, ...]:
         shape = (*event[:1] * dims,) if form.event_dim else ()
         totals.append(torch.zeros((len(blocks), *shape), dtype=value.dtype, device=value.device))
     for use in block.uses:
-        coefficients = _coefficients(use, run, expected, form)
+        coefficients = coefficients_of(use, run, expected)
         for i, (c, dims) in enumerate(zip(coefficients, form.coefficient_dims, strict=True)):
             batch = torch.broadcast_shapes(c.shape[: c.dim() - dims], use.cells.shape)
             index = use.cells.expand(batch).reshape(-1)
@@ -239,35 +265,6 @@ def pooled(block: Block, run: Run, expected: Expected) -> tuple[Tensor, ...]:
             chosen = index >= 0
             totals[i] = totals[i].index_add(0, index[chosen], c[chosen])
     return tuple(totals)
-
-
-def _coefficients(use: Use, run: Run, expected: Expected, form: Form) -> tuple[Tensor, ...]:
-    site, statistics = use.site, expected.statistics[use.site.name]
-    coefficients = use.coordinate.coefficients(
-        statistics.values, statistics.weight, run.centred(site)
-    )
-    if use.coordinate.argument == site.family.location:
-        return _uncentred(coefficients, site, form)
-    return coefficients
-
-
-def _uncentred(coefficients: tuple[Tensor, ...], site: SiteModel, form: Form) -> tuple[Tensor, ...]:
-    """The kernel of a location counted from zero: ``b + a centre``."""
-    b, a = coefficients
-    assert site.centre is not None
-    if form.event_dim == 0:
-        return b + a * site.centre, a
-    return b + (a @ site.centre.unsqueeze(-1)).squeeze(-1), a
-
-
-def _prior_coefficients(form: Form, prior: Any, value: Tensor) -> tuple[Tensor, ...]:
-    base, _, _ = unwrap(prior["fn"])
-    if type(base) is dist.Uniform:
-        zero = torch.zeros_like(value)
-        return tuple(zero for _ in form.coefficient_dims)
-    base = base.expand(value.shape[: value.dim() - len(base.event_shape)])
-    scale = prior["scale"]
-    return tuple((c * scale).to(value) for c in form.conjugate[type(base)](base))
 
 
 def _priors_touched(plan: Plan, names: list[str]) -> list[str]:
@@ -305,7 +302,9 @@ def _on_statistics(
     )
 
 
-def _on_data(plan: Plan, names: list[str], params: Params, expected: Expected) -> Params:
+def _on_data(
+    plan: Plan, names: list[str], params: Params, expected: Expected, effort: Effort
+) -> Params:
     """A few ascent steps over ``names``, on the expected log-density of the data itself."""
     structure = plan.structure
     sites = [s for s, d in plan.reading.dependence.items() if d & set(names)]
@@ -322,13 +321,19 @@ def _on_data(plan: Plan, names: list[str], params: Params, expected: Expected) -
             total = total + run.log_prior(prior)
         return total
 
+    start = {n: params[n] for n in names}
+    if effort.optimiser is not None:
+        count, rows = effort.steps, structure.num_rows
+        parameters, steps = structure.parameters, plan.steps
+        return ascend(objective, start, parameters, steps, effort.optimiser, count, rows)
     return maximise(
         objective,
-        {n: params[n] for n in names},
+        start,
         structure.parameters,
         plan.steps,
-        max_iter=GRADIENT_STEPS,
+        max_iter=effort.steps,
         rows=structure.num_rows,
+        few=VERY_FEW,
     )
 
 

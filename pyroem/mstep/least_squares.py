@@ -1,0 +1,172 @@
+"""Newton's method for the coefficients of regressions, all of a predictor's at once.
+
+With ``eta = c + X theta`` in a coordinate whose kernel is ``k(eta)``, the expected log-joint is
+``sum_cells k(eta) + log p(theta)``. Each step solves
+
+    (X' diag(-k'') X + A) step = X' k' + d log p(theta):
+
+weighted least squares where the kernel is a parabola, which one step maximises; elsewhere
+iteratively reweighted least squares (Nelder and Wedderburn, 1972), with ``-k''`` or its
+expectation.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pyroem._pyro import unwrap
+from pyroem.families import forms
+from pyroem.mstep.plan import Plan
+from pyroem.mstep.regression import Regression, Term, accumulate, places, spectrum
+from pyroem.mstep.runs import Expected, Run, coefficients_at, prior_coefficients
+from pyroem.structure import Params
+
+HALVINGS = 20
+SETTLED = 1e-18  # nats a row that a step promises
+
+
+def solve(
+    plan: Plan, regression: Regression, params: Params, expected: Expected, iterations: int
+) -> Params:
+    """The coefficients at their maximum, the other parameters held fixed.
+
+    Directions that nothing depends on (covariates that are sums of others) are left out: of all
+    maximisers, the one nearest to zero. Coefficients whose cells have no weight keep their values.
+    """
+    problem, null = _Problem(plan, regression, params, expected), regression.null
+    theta = problem.theta(params)
+    theta = theta - null @ (null.T @ theta)
+    value, slope, curvature = problem.expand(theta)
+    rows = plan.structure.num_rows
+    for _ in range(iterations):
+        step = _least_squares(curvature, slope)
+        gain = float(slope @ step)
+        if not gain > SETTLED * rows:
+            theta = theta + step if math.isfinite(gain) else theta
+            break
+        for _ in range(HALVINGS):
+            ahead = theta + step
+            reached = problem.expand(ahead)
+            if reached[0] >= value:
+                break
+            step = step / 2
+        else:
+            break
+        theta, (value, slope, curvature) = ahead, reached
+    if not math.isfinite(value):
+        return params
+    theta = theta - null @ (null.T @ theta)
+    return {**params, **problem.params(theta)}
+
+
+def _least_squares(curvature: Tensor, slope: Tensor) -> Tensor:
+    """``curvature^-1 slope``, nothing along directions without curvature; scaled, so that units of
+    covariates do not matter.
+    """
+    values, vectors, scale = spectrum(curvature)
+    eps = torch.finfo(curvature.dtype).eps
+    kept = values > 10 * len(values) * eps * values.max().clamp(min=0)
+    along = vectors.T @ (slope / scale)
+    return (vectors @ torch.where(kept, along / torch.where(kept, values, 1.0), 0.0)) / scale
+
+
+class _Problem:
+    """The expected log-joint as a function of the coefficients as one vector."""
+
+    def __init__(self, plan: Plan, regression: Regression, params: Params, expected: Expected):
+        self.plan, self.regression, self.expected = plan, regression, expected
+        self.current, self.run = params, Run(plan, params)
+        self.prior = self._prior()
+        # The kernels' coefficients depend on the other arguments only.
+        self.coefficients = [self._coefficients(term) for term in regression.terms]
+        self.constants = [
+            loose_constant(plan, term, params) if term.affine.loose else None
+            for term in regression.terms
+        ]
+        self.idle = [_idle(found) for found in self.coefficients]
+        held = (plan.structure.parameters[n].held for n in regression.offsets)
+        masks = zip(held, (params[n] for n in regression.offsets), strict=True)
+        self.free = torch.cat(
+            [(torch.zeros_like(v) if h is None else h.to(v)).reshape(-1) == 0 for h, v in masks]
+        )
+
+    def theta(self, params: Params) -> Tensor:
+        return torch.cat([params[n].reshape(-1) for n in self.regression.offsets])
+
+    def params(self, theta: Tensor) -> Params:
+        result = {}
+        for name in self.regression.offsets:
+            old, at = self.current[name], self.regression.offsets[name]
+            result[name] = theta[at : at + old.numel()].reshape(old.shape)
+        return result
+
+    def _coefficients(self, term: Term) -> tuple[Tensor, ...]:
+        coordinate = term.affine.coordinate
+        found = coefficients_at(term.site, coordinate, self.run, self.expected)
+        dims = coordinate.form.coefficient_dims
+        return tuple(term.affine.spread(c, d) for c, d in zip(found, dims, strict=True))
+
+    def _prior(self) -> tuple[Tensor, Tensor]:
+        """Normal priors: the linear and the quadratic coefficients."""
+        linear = torch.zeros(self.regression.size, dtype=self.plan.structure.program.dtype)
+        quadratic = torch.zeros((self.regression.size, self.regression.size)).to(linear)
+        for name in self.regression.offsets:
+            if not self.plan.structure.parameters[name].has_prior:
+                continue
+            prior, value = self.run.prior(name), self.current[name]
+            base, _, _ = unwrap(prior["fn"])
+            vector = bool(base.event_shape)
+            form = forms.VECTOR_LOCATION if vector else forms.LOCATION
+            b, a = prior_coefficients(form, prior, value)
+            at = slice(self.regression.offsets[name], self.regression.offsets[name] + value.numel())
+            linear[at] = b.expand(value.shape).reshape(-1)
+            if vector:
+                a = a.expand((*value.shape, value.shape[-1])).reshape((-1, *a.shape[-2:]))
+                quadratic[at, at] = torch.block_diag(*a)
+            else:
+                quadratic[at, at] = torch.diag(a.expand(value.shape).reshape(-1))
+        return linear, quadratic
+
+    def expand(self, theta: Tensor) -> tuple[float, Tensor, Tensor]:
+        """The value, its slope, and the curvature downwards."""
+        params = {**self.current, **self.params(theta)}
+        b, a = self.prior
+        value = theta @ b - 0.5 * theta @ a @ theta
+        slope, curvature = b - a @ theta, a.clone()
+        for term, found, constant, idle in zip(
+            self.regression.terms, self.coefficients, self.constants, self.idle, strict=True
+        ):
+            affine = term.affine
+            expansion = affine.coordinate.form.expansion
+            assert expansion is not None
+            t = torch.where(idle, 1.0, affine.value(params, constant))
+            kernel, first, second = expansion(t, *found)
+            value = value + kernel.sum()
+            where = places(affine, self.regression.offsets)
+            accumulate(affine, where, first, second, slope, curvature)
+        slope = torch.where(self.free, slope, 0.0)
+        curvature = torch.where(self.free & self.free.unsqueeze(1), curvature, 0.0)
+        number = float(value)
+        return (number if number == number else -math.inf), slope, curvature
+
+
+def _idle(coefficients: tuple[Tensor, ...]) -> Tensor:
+    """The cells without weight, which may be anywhere (rows that are masked, say)."""
+    first = coefficients[0]
+    events = coefficients[-1].dim() - 2
+    result = torch.ones(first.shape[:2], dtype=torch.bool)
+    for c in coefficients:
+        result = result & (c == 0).flatten(2).all(2) if c.dim() > 2 else result & (c == 0)
+    return result.unsqueeze(-1) if events else result
+
+
+def loose_constant(plan: Plan, term: Term, params: Params) -> Tensor:
+    """What a predictor adds to its coefficients' part, at ``params``."""
+    affine = term.affine
+    at_base = Run(plan, {**params, **affine.base})
+    t = affine.coordinate.forward(term.site.argument_in(at_base.base(term.site), term.key))
+    whole = affine.value(affine.base, torch.zeros_like(affine.constant))
+    return affine.spread(t, affine.events) - whole
