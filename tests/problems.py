@@ -227,6 +227,32 @@ def gaussian_lognormal_scale(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(loc[z], scale[z]), obs=x)
 
 
+def hierarchical_means(x: Tensor) -> None:
+    """Means that are draws from a population, whose mean and variance are learned."""
+    mean = pyro.sample("mean", dist.Normal(x.new_tensor(0.0), 10.0))
+    spread = pyro.sample("spread", dist.InverseGamma(x.new_tensor(3.0), x.new_tensor(4.0)))
+    rate = pyro.sample("rate", dist.Gamma(x.new_tensor(2.0), x.new_tensor(2.0)))
+    with pyro.plate("components", 3):
+        loc = pyro.sample("loc", dist.Normal(mean, spread.sqrt()))
+        var = pyro.sample("var", dist.InverseGamma(x.new_tensor(2.0), rate))
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(x.new_tensor([0.3, 0.3, 0.4])))
+        pyro.sample("x", dist.Normal(loc[z], var[z].sqrt()), obs=x)
+
+
+def normal_wishart(x: Tensor) -> None:
+    """The jointly conjugate prior of a mean vector and a precision matrix."""
+    weights = pyro.param("weights", x.new_ones(2) / 2, constraint=constraints.simplex)
+    with pyro.plate("components", 2):
+        wishart = dist.Wishart(x.new_tensor(5.0), torch.eye(2, dtype=x.dtype))
+        precision = pyro.sample("precision", wishart)
+        prior = dist.MultivariateNormal(x.new_zeros(2), precision_matrix=0.1 * precision)
+        loc = pyro.sample("loc", prior)
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("x", dist.MultivariateNormal(loc[z], precision_matrix=precision[z]), obs=x)
+
+
 # ---------------------------------------------------------------------------------------
 # Other observations
 
@@ -656,6 +682,16 @@ def poisson_exposure(exposure: Tensor, n: Tensor) -> None:
     with pyro.plate("rows", len(n)):
         z = pyro.sample("z", dist.Categorical(weights))
         pyro.sample("n", dist.Poisson(rate[z] * exposure), obs=n)
+
+
+def base_rates(features: Tensor, n: Tensor) -> None:
+    """A rate of each component times a log-linear factor that all share."""
+    weights = pyro.param("weights", n.new_ones(2) / 2, constraint=constraints.simplex)
+    rate = pyro.param("rate", n.new_tensor([1.0, 3.0]), constraint=constraints.positive)
+    slope = pyro.param("slope", n.new_zeros(features.shape[-1]))
+    with pyro.plate("rows", len(n)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("n", dist.Poisson(rate[z] * (features @ slope).exp()), obs=n)
 
 
 # ---------------------------------------------------------------------------------------
@@ -1466,6 +1502,39 @@ PROBLEMS: list[Problem] = [
         6,
         {"z": 2},
         (("weights", 0), ("rate", 0)),
+    ),
+    _problem(
+        base_rates,
+        (_given(150, 2, seed=11), _blank(150)),
+        {"weights": _WEIGHTS2, "rate": [1.0, 6.0], "slope": [0.5, -0.3]},
+        6,
+        {"z": 2},
+        (("weights", 0), ("rate", 0)),
+    ),
+    _problem(
+        hierarchical_means,
+        (_blank(120),),
+        {
+            "mean": 1.0,
+            "spread": 4.0,
+            "rate": 1.0,
+            "loc": [-3.0, 0.5, 4.0],
+            "var": [0.6, 0.8, 1.0],
+        },
+        4,
+        {"z": 3},
+    ),
+    _problem(
+        normal_wishart,
+        (_blank(120, 2),),
+        {
+            "weights": _WEIGHTS2,
+            "precision": [[[1.2, 0.3], [0.3, 0.8]], [[1.5, -0.4], [-0.4, 1.0]]],
+            "loc": [[-2.0, 0.5], [2.0, -0.5]],
+        },
+        6,
+        {"z": 2},
+        (("weights", 0), ("precision", 0), ("loc", 0)),
     ),
     _problem(
         sum_to_zero,

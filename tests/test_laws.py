@@ -358,6 +358,7 @@ def test_most_programs_have_a_kernel() -> None:
         "multivariate_regressions",
         "mixture_of_experts",
         "poisson_exposure",
+        "base_rates",
         "nested_assignments",
         "global_assignment",
         "chain",  # a single chain: no independent rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -280,6 +281,10 @@ class Program:
             if self.cast or replace:
                 stack.enter_context(cast)
             try:
+                if not values:
+                    # Draws from priors: torch says this of most Wishart matrices.
+                    stack.enter_context(warnings.catch_warnings())
+                    warnings.filterwarnings("ignore", "Singular sample")
                 self.model(*self.args, **self.kwargs)
             except PyroemError:
                 raise

@@ -22,6 +22,7 @@ TOLERANCE = 1e-8
 NOISE = 1e-13
 MOST_ELEMENTS = 2000  # of all parameters together: each costs a run of the program
 MOST_WORK = 1e9  # elements times cells
+MOST_PRODUCTS = 10_000_000
 
 Values = Mapping[str, Tensor]
 
@@ -74,6 +75,18 @@ class Affine:
         return tuple(found)
 
     @cached_property
+    def products(self) -> tuple[Tensor | None, ...]:
+        """For each design the products of its columns, row by row; None where they are many."""
+        found: list[Tensor | None] = []
+        for design in self.matrices:
+            size = design.shape[1]
+            if len(design) * size**2 > MOST_PRODUCTS:
+                found.append(None)
+            else:
+                found.append((design.unsqueeze(2) * design.unsqueeze(1)).reshape((-1, size**2)))
+        return tuple(found)
+
+    @cached_property
     def single(self) -> bool:
         """Whether no cell has more than one coefficient."""
         return self.events == 0 and all(m.shape[1] == 1 for m in self.matrices)
@@ -109,8 +122,11 @@ class Affine:
         total = torch.cat(parts, -1)
         width = own.shape[1] * (own.shape[2] if self.events else 1)
         flat = own.reshape((len(own), width))
-        flat = flat.expand((self.counts[0], width))
-        return flat.index_add(1, torch.cat(order), total).reshape((-1, *own.shape[1:]))
+        if len(order) == 1 and torch.equal(order[0], torch.arange(width)):
+            found = flat + total
+        else:
+            found = flat.expand((self.counts[0], width)).index_add(1, torch.cat(order), total)
+        return found.reshape((-1, *own.shape[1:]))
 
     def argument(self, params: Values) -> Tensor:
         """The argument at ``params``, over the batch dims."""
@@ -151,8 +167,10 @@ class Affine:
             for j in linked[1:]:
                 parent[root(j)] = root(linked[0])
             first.append(linked[0] if linked else size)
-        labels = torch.tensor([root(i) for i in first]).reshape((1, -1))
-        return self.unspread(labels.expand(self.counts))
+        labels = torch.tensor([root(i) for i in first])
+        order = (*self.rows, *self.cells)
+        labels = labels.reshape([1] * len(self.rows) + [self.shape[d] for d in self.cells])
+        return labels.permute([order.index(d) for d in range(len(order))])
 
 
 def coordinate_of(coordinate: Coordinate, argument: Tensor) -> Tensor:

@@ -27,13 +27,18 @@ class Rung(Enum):
 
 @dataclass(frozen=True)
 class Use:
-    """A place where a parameter's blocks stand as an argument of a site: ``factor t + offset``."""
+    """A place where a parameter's blocks stand as an argument of a site: ``factor t + offset``.
+
+    With ``multiple``, the factor depends on other parameters: it is what the coordinate is now,
+    divided by ``t``.
+    """
 
     site: SiteModel
     coordinate: Coordinate
     cells: Tensor
     factor: Tensor | None = None
     offset: Tensor | None = None
+    multiple: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,9 @@ class Block:
     def alone(self) -> bool:
         """Whether it stands in one place, every element once and in order."""
         if len(self.uses) != 1 or (
-            self.uses[0].factor is not None or self.uses[0].offset is not None
+            self.uses[0].factor is not None
+            or self.uses[0].offset is not None
+            or self.uses[0].multiple
         ):
             return False
         cells = self.uses[0].cells.reshape(-1)

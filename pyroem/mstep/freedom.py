@@ -28,6 +28,9 @@ def degrees_of_freedom(plan: Plan) -> int:
         if block.rung is Rung.FIXED:
             continue
         free = plan.structure.parameters[name].df
+        has_prior = plan.structure.parameters[name].has_prior
+        if not has_prior and not any(name in d for d in plan.reading.dependence.values()):
+            continue  # nothing depends on it
         if name in regressed:
             total += free
         elif block.rung is not Rung.CLOSED_FORM and _in_arguments(plan, name):

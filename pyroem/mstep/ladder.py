@@ -13,7 +13,8 @@ from pyroem.families import forms
 from pyroem.mstep.affine import Affine
 from pyroem.mstep.blocks import Block, Rung, Use
 from pyroem.mstep.intervals import bounds_of, interval_of, is_ordered
-from pyroem.mstep.sites import Argument, Reading, SiteModel
+from pyroem.mstep.probing import Reading
+from pyroem.mstep.sites import Argument, SiteModel
 from pyroem.structure import Parameter, Structure, base_mask
 
 
@@ -80,6 +81,10 @@ def _closed(reading: Reading, parameter: Parameter, sites: list[SiteModel]) -> B
                 if use is None:
                     return _regression(reading, parameter, sites)
                 uses.append(use)
+                continue
+            if argument.selection is None and name in argument.proportional:
+                coordinate, cells = argument.proportional[name]
+                uses.append(Use(site, coordinate, cells, multiple=True))
                 continue
             if argument.selection is None:
                 if any(c.argument == argument.name for c in site.family.coordinates):

@@ -25,6 +25,7 @@ from pyroem.mstep.runs import Expected, Run, coefficients_at, prior_coefficients
 from pyroem.structure import Params
 
 HALVINGS = 20
+WELL = 1e-4  # the smallest eigenvalue of what is solved without a second look
 SETTLED = 1e-18  # nats a row that a step promises
 
 
@@ -42,10 +43,13 @@ def solve(
     value, slope, curvature = problem.expand(theta)
     rows = plan.structure.num_rows
     for _ in range(iterations):
-        step = _least_squares(curvature, slope)
+        step, conditioned = _least_squares(curvature, slope)
         gain = float(slope @ step)
         if not gain > SETTLED * rows:
             theta = theta + step if math.isfinite(gain) else theta
+            break
+        if regression.exact and conditioned:
+            theta = theta + step
             break
         for _ in range(HALVINGS):
             ahead = theta + step
@@ -62,15 +66,16 @@ def solve(
     return {**params, **problem.params(theta)}
 
 
-def _least_squares(curvature: Tensor, slope: Tensor) -> Tensor:
+def _least_squares(curvature: Tensor, slope: Tensor) -> tuple[Tensor, bool]:
     """``curvature^-1 slope``, nothing along directions without curvature; scaled, so that units of
-    covariates do not matter.
+    covariates do not matter. Also whether it is exact, up to rounding.
     """
     values, vectors, scale = spectrum(curvature)
     eps = torch.finfo(curvature.dtype).eps
     kept = values > 10 * len(values) * eps * values.max().clamp(min=0)
     along = vectors.T @ (slope / scale)
-    return (vectors @ torch.where(kept, along / torch.where(kept, values, 1.0), 0.0)) / scale
+    step = (vectors @ torch.where(kept, along / torch.where(kept, values, 1.0), 0.0)) / scale
+    return step, bool((values[kept] > WELL * values.max()).all())
 
 
 class _Problem:

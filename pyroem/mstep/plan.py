@@ -13,9 +13,10 @@ from pyroem.mstep.agreement import check_families
 from pyroem.mstep.blocks import Block, Rung, Use
 from pyroem.mstep.ladder import place
 from pyroem.mstep.predictors import find_predictors
+from pyroem.mstep.probing import Reading, read_sites
 from pyroem.mstep.regression import Regression, regression
 from pyroem.mstep.scales import search_steps
-from pyroem.mstep.sites import Argument, Reading, SiteModel, read_sites
+from pyroem.mstep.sites import Argument, SiteModel
 from pyroem.structure import Fixed, Structure, hold
 
 
@@ -172,6 +173,8 @@ def _interacting(structure: Structure, reading: Reading, blocks: list[Block]) ->
     if any(d & moving and d & numeric for d in reading.dependence.values()):
         return True
     if any(reading.prior_dependence.get(b.name) for b in closed):
+        return True
+    if any(use.multiple for b in closed for use in b.uses):
         return True
     leading = _leading_parameters(reading)
     if any(structure.parameters[b.name].has_prior and b.name in leading for b in closed):

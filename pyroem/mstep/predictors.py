@@ -22,7 +22,8 @@ from pyroem.mstep.affine import (
     coordinate_of,
 )
 from pyroem.mstep.intervals import interval_of
-from pyroem.mstep.sites import Reading, SiteModel, opposite
+from pyroem.mstep.probing import Reading, opposite
+from pyroem.mstep.sites import SiteModel
 from pyroem.structure import Params, Structure
 
 FAILURES = (PyroemError, ArithmeticError, ValueError, RuntimeError)
@@ -44,6 +45,14 @@ def find_predictors(structure: Structure, reading: Reading) -> Reading:
         site = known[place.site.name]
         argument = replace(site.arguments[place.key], affine=affine)
         known[site.name] = replace(site, arguments={**site.arguments, place.key: argument})
+    for name, site in sites.items():
+        arguments = dict(site.arguments)
+        for key, argument in site.arguments.items():
+            rest = argument.parameters - set(argument.affine.names if argument.affine else ())
+            if argument.selection is None and rest:
+                multiples = search.multiples(site, key, rest)
+                arguments[key] = replace(argument, proportional=multiples)
+        sites[name] = replace(site, arguments=arguments)
     return replace(reading, sites=sites, priors=priors)
 
 
@@ -73,6 +82,17 @@ class _Candidate:
 def _value(site: SiteModel, key: str, coordinate: Coordinate, nodes: Any) -> Tensor:
     base, _, _ = unwrap(nodes[site.name]["fn"])
     return coordinate_of(coordinate, site.argument_in(base, key))
+
+
+def _elements(ratios: list[Tensor], times: Tensor) -> Tensor | None:
+    """For each cell the element by whose factor it grew, at both points; -1 where it stayed."""
+    factors = torch.cat([times.new_ones(1), times])
+    gap = (ratios[0].unsqueeze(-1) - factors).abs()
+    best = gap.min(-1)
+    close = torch.isfinite(ratios[0]) & (best.values <= 1e-9)
+    same = (ratios[0] - ratios[1]).abs() <= 1e-9
+    cells = best.indices - 1
+    return cells if bool((close & same).all()) and bool((cells >= 0).any()) else None
 
 
 class _Search:
@@ -140,6 +160,39 @@ class _Search:
             return False
         a, b, c, d, e = (_value(site, key, coordinate, nodes) for nodes in runs)
         return additive(a, b, c, e, d)
+
+    def multiples(
+        self, site: SiteModel, key: str, names: frozenset[str]
+    ) -> dict[str, tuple[Coordinate, Tensor]]:
+        """The positive parameters of which an argument is a multiple, cell by cell."""
+        found = {}
+        for name in sorted(names):
+            value, there = self.points["here"][name], self.points["there"]
+            if not bool((value > 0).all() and (there[name] > 0).all()) or not value.numel():
+                continue
+            ranks = torch.arange(1, value.numel() + 1).to(value).reshape(value.shape)
+            times = 1 + ranks / (value.numel() + 1)  # another for each element
+            runs = [self._grown(tag, name, times) for tag in ("here", "there")]
+            for coordinate in site.family.coordinates:
+                form = coordinate.form
+                if coordinate.argument != key or form.stretched is None or form.event_dim:
+                    continue
+                ratios = [
+                    _value(site, key, coordinate, moved) / _value(site, key, coordinate, own)
+                    for own, moved in runs
+                    if own is not None and moved is not None
+                ]
+                cells = _elements(ratios, times.reshape(-1)) if len(ratios) == 2 else None
+                if cells is not None:
+                    found[name] = coordinate, cells
+                    break
+        return found
+
+    def _grown(self, tag: str, name: str, times: Tensor) -> tuple[Any, Any]:
+        """Runs at a point, and where one parameter is some times larger."""
+        point = self.points[tag]
+        grown = {**point, name: point[name] * times}
+        return self.kept(tag, lambda: point), self.kept(("times", tag, name), lambda: grown)
 
     def designs(self, candidates: list[_Candidate]) -> list[tuple[_Candidate, Affine]]:
         """The affine functions of the candidates that are what they seem."""

@@ -95,6 +95,11 @@ def accumulate(
         total.index_add_(0, at.reshape(-1), (design.T @ first[:, entries]).T.reshape(-1))
         if affine.events == 0:
             weights = second.expand((rows, cells))
+            products = affine.products[m]
+            if products is not None:
+                blocks = weights[:, entries].T @ products
+                _add(full, at, at, blocks.reshape((-1, design.shape[1], design.shape[1])))
+                continue
             step = max(1, MOST // max(design.numel(), 1))
             for i in range(0, len(entries), step):
                 chosen = entries[i : i + step]

@@ -105,10 +105,21 @@ class _Centred(Arguments):
         return value
 
 
-def coefficients_of(use: Use, run: Run, expected: Expected) -> tuple[Tensor, ...]:
-    """The coefficients of a parameter's kernel, for every cell of one place where it stands."""
+def coefficients_of(use: Use, value: Tensor, run: Run, expected: Expected) -> tuple[Tensor, ...]:
+    """The coefficients of a parameter's kernel, for every cell of one place where it stands.
+
+    ``value`` is the parameter now.
+    """
     coefficients = coefficients_at(use.site, use.coordinate, run, expected)
     form = use.coordinate.form
+    if use.multiple:
+        assert form.stretched is not None
+        argument = use.site.evaluate_one(
+            use.coordinate.argument, run.params, lambda: run.base(use.site)
+        )
+        own = value.reshape(-1)[use.cells.clamp(min=0)]
+        factor = torch.where(use.cells >= 0, use.coordinate.forward(argument) / own, 1.0)
+        return form.stretched(factor, *coefficients)
     if use.offset is not None:
         assert form.shifted is not None
         coefficients = form.shifted(use.offset, *coefficients)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from pyroem.families import forms
 from pyroem.mstep.blocks import Block
+from pyroem.mstep.probing import Reading
 from pyroem.mstep.selection import as_blocks
-from pyroem.mstep.sites import Reading
 from pyroem.structure import Structure
 
 

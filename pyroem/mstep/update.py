@@ -197,10 +197,11 @@ def _cells(
     block: Block, run: Run, expected: Expected, prior: tuple[Tensor, ...] | None
 ) -> tuple[Any, ...]:
     """The number of the block in every cell, the number of blocks, and the cells' coefficients."""
-    count = run.params[block.name].numel()
+    value = run.params[block.name]
+    count = value.numel()
     parts = []
     for use in block.uses:
-        found = torch.broadcast_tensors(use.cells, *coefficients_of(use, run, expected))
+        found = torch.broadcast_tensors(use.cells, *coefficients_of(use, value, run, expected))
         parts.append([c.reshape(-1)[found[0].reshape(-1) >= 0] for c in found])
     if prior is not None:
         parts.append([torch.arange(count), *(p.reshape(-1) for p in prior)])
@@ -243,7 +244,7 @@ def pooled(block: Block, run: Run, expected: Expected) -> tuple[Tensor, ...]:
     blocks = as_blocks(value, form.event_dim)
     event = tuple(blocks.shape[1:])
     if block.alone:  # the usual case needs no sums
-        found = coefficients_of(block.uses[0], run, expected)
+        found = coefficients_of(block.uses[0], value, run, expected)
         shapes = [(*event[:1] * dims,) if form.event_dim else () for dims in form.coefficient_dims]
         if all(
             c.shape[: c.dim() - len(s)] == block.uses[0].cells.shape
@@ -255,8 +256,9 @@ def pooled(block: Block, run: Run, expected: Expected) -> tuple[Tensor, ...]:
         shape = (*event[:1] * dims,) if form.event_dim else ()
         totals.append(torch.zeros((len(blocks), *shape), dtype=value.dtype, device=value.device))
     for use in block.uses:
-        coefficients = coefficients_of(use, run, expected)
+        coefficients = coefficients_of(use, value, run, expected)
         for i, (c, dims) in enumerate(zip(coefficients, form.coefficient_dims, strict=True)):
+            c = _summed(c, use.cells, dims)
             batch = torch.broadcast_shapes(c.shape[: c.dim() - dims], use.cells.shape)
             index = use.cells.expand(batch).reshape(-1)
             c = c.expand(batch + c.shape[c.dim() - dims :]).reshape(
@@ -271,6 +273,15 @@ def _priors_touched(plan: Plan, names: list[str]) -> list[str]:
     """The priors of ``names``, and those whose arguments depend on them."""
     hangs = plan.reading.prior_dependence
     return [p for p, depends in hangs.items() if p in names or depends & set(names)]
+
+
+def _summed(c: Tensor, cells: Tensor, dims: int) -> Tensor:
+    """Coefficients summed over the dims along which the same block stands everywhere."""
+    rank = c.dim() - dims
+    if rank != cells.dim():
+        return c
+    alike = [d for d in range(rank) if cells.shape[d] == 1 and c.shape[d] > 1]
+    return c.sum(alike, keepdim=True) if alike else c
 
 
 def _on_statistics(

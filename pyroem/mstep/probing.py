@@ -1,0 +1,170 @@
+"""Probing: the program is run at two random points of the parameter space, at a third far from
+them, and once for each parameter moved alone; what its distributions are given is compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pyroem._pyro import Enumerated, isolated, unwrap
+from pyroem.errors import PyroemError
+from pyroem.mstep.landmarks import Landmark, find_landmark
+from pyroem.mstep.recognise import confirmed, read_prior, read_site, same, scaled
+from pyroem.mstep.sites import SiteModel
+from pyroem.structure import Params, Structure
+
+
+def probe(structure: Structure, seed: int) -> Params:
+    """A random point of the parameter space, in the neighbourhood of the program's own values."""
+    generator = torch.Generator().manual_seed(seed)
+    point = {}
+    for name, parameter in structure.parameters.items():
+        parameter = replace(parameter, held=None)
+        raw = parameter.unconstrain(parameter.value).clamp(-5, 5)
+        noise = torch.rand(raw.shape, generator=generator, dtype=torch.float64) - 0.5
+        point[name] = parameter.constrain(raw + noise.to(raw))
+    return point
+
+
+def opposite(structure: Structure, point: Params) -> Params:
+    """A point on the other side of zero, where ``abs``, ``clamp`` and ``relu`` show themselves."""
+    opposite = {}
+    for name, parameter in structure.parameters.items():
+        parameter = replace(parameter, held=None)
+        raw = parameter.unconstrain(point[name])
+        opposite[name] = parameter.constrain(-raw - 0.5 * raw.sign())
+    return opposite
+
+
+def _try_far(structure: Structure, far: Params) -> Enumerated | None:
+    """The program there, if it can run there: it may have demands that no constraint states."""
+    try:
+        return structure.enumerate(far)
+    except (PyroemError, ArithmeticError, ValueError, RuntimeError):
+        return None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """All that probing found.
+
+    ``sites`` are those with a family; ``dependence`` gives, for every factor site and every prior,
+    the parameters it depends on (a prior's own value apart); ``location_changes`` how far a site's
+    location moved when a parameter went from the first point to the second; ``landmarks`` where
+    the data of the sites without a family lies; ``priors`` are those that depend on other
+    parameters and have a family.
+    """
+
+    sites: dict[str, SiteModel]
+    dependence: dict[str, frozenset[str]]
+    prior_dependence: dict[str, frozenset[str]]
+    traces: tuple[Enumerated, Enumerated]
+    points: tuple[Params, Params]
+    location_changes: dict[tuple[str, str], float]
+    landmarks: dict[str, Landmark]
+    priors: dict[str, SiteModel]
+
+    @property
+    def places(self) -> tuple[SiteModel, ...]:
+        """All that is known of: sites, and priors that depend on other parameters."""
+        return (*self.sites.values(), *self.priors.values())
+
+
+def read_sites(structure: Structure) -> Reading:
+    """Probe the program."""
+    with isolated(structure.program.dtype, 0), torch.no_grad():
+        points = (probe(structure, 1), probe(structure, 2))
+        traces = tuple(structure.enumerate(p) for p in points)
+        moved = {
+            name: structure.enumerate({**points[0], name: points[1][name]})
+            for name in structure.parameters
+        }
+        far = opposite(structure, points[0])
+        for name in structure.parameters:
+            if not any(_moves(traces[0], moved[name], site) for site in traces[0].factors):
+                other = _try_far(structure, {**points[0], name: far[name]})
+                moved[name] = moved[name] if other is None else other
+        distant = _try_far(structure, far)
+        dependence = {
+            site: frozenset(name for name in moved if _moves(traces[0], moved[name], site))
+            for site in traces[0].factors
+        }
+        prior_dependence = _prior_dependence(structure, traces[0], moved)
+        sites = {}
+        for name in structure.factor_sites:
+            site = read_site(structure, name, points, traces, moved)
+            if site is not None and distant is not None:
+                site = confirmed(site, far, distant)
+            if site is not None:
+                sites[name] = site
+        sites = {n: sites[n] for n in traces[0].factors if n in sites}  # program order
+        for name, site in sites.items():  # data far away can hide a dependence in the last digit
+            hangs = (a.parameters for a in site.arguments.values())
+            dependence[name] = dependence[name].union(*hangs)
+        sites = scaled(sites)
+        priors = {}
+        for name, depends in prior_dependence.items():
+            site = read_prior(structure, name, points, traces, moved) if depends else None
+            if site is not None and distant is not None:
+                site = confirmed(site, far, distant)
+            if site is not None:
+                priors[name] = replace(site, scale=_scale_of(name, sites, len(site.shape)))
+        landmarks = {}
+        for name in structure.observations:
+            known = name in sites and not sites[name].current
+            mark = None if known else find_landmark(structure, name, traces, points)
+            if mark is not None:
+                landmarks[name] = mark
+        located = [s.name for s in sites.values() if s.family.location is not None]
+        changes = {
+            (site, name): _location_change(site, sites.get(site), trace, traces[0])
+            for site in {*located, *landmarks}
+            for name, trace in moved.items()
+        }
+    pair = (traces[0], traces[1])
+    return Reading(sites, dependence, prior_dependence, pair, points, changes, landmarks, priors)
+
+
+def _moves(a: Enumerated, b: Enumerated, site: str) -> bool:
+    return not same(a.factors[site].tensor, b.factors[site].tensor)
+
+
+def _location_change(name: str, site: SiteModel | None, a: Enumerated, b: Enumerated) -> float:
+    first, second = (unwrap(t.trace.nodes[name]["fn"])[0] for t in (a, b))
+    if site is None or site.family.location is None:
+        return float((first.loc - second.loc).abs().max())
+    key, arguments = site.family.location, site.family.arguments
+    return float((arguments(first)[key] - arguments(second)[key]).abs().max())
+
+
+def _scale_of(name: str, sites: Mapping[str, SiteModel], rank: int) -> Tensor | None:
+    """The variance of the data whose location a parameter is: a yardstick for that of its prior."""
+    found = [
+        site.scale.min()
+        for site in sites.values()
+        if site.scale is not None and name in site.arguments[str(site.family.location)].parameters
+    ]
+    return torch.stack(found).min().reshape((1,) * rank) if found else None
+
+
+def _prior_dependence(
+    structure: Structure, reference: Enumerated, moved: Mapping[str, Enumerated]
+) -> dict[str, frozenset[str]]:
+    """The parameters that each prior's own arguments depend on."""
+    result = {}
+    for name, parameter in structure.parameters.items():
+        if not parameter.has_prior or name in structure.factor_sites:
+            continue
+        site = reference.trace.nodes[name]
+        here = site["fn"].log_prob(site["value"])
+        result[name] = frozenset(
+            other
+            for other, trace in moved.items()
+            if other != name
+            and not same(here, trace.trace.nodes[name]["fn"].log_prob(site["value"]))
+        )
+    return result
