@@ -1,7 +1,8 @@
 """Teach pyroem a distribution: a mixture of Rayleigh-distributed wave heights.
 
-The torch distribution below is the user's own. With five lines it becomes a family: its
-parameters are then found on the expected statistics; with a coordinate more, in closed form.
+The torch distribution below is the user's own. Nothing more is needed to fit it: its parameters are
+found on the weighted rows. With five lines it becomes a family, whose parameters are found on the
+expected statistics by the fast kernel; with a coordinate more, in closed form.
 """
 
 import argparse

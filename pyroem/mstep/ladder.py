@@ -127,6 +127,9 @@ def _closed(reading: Reading, parameter: Parameter, sites: list[SiteModel]) -> B
         elif type(base) in form.conjugate and not masks and base_mask(prior) is None:
             reason += f", conjugate {kind} prior"
         else:
+            alike = _regression(reading, parameter, sites)
+            if alike.rung is Rung.REGRESSION:
+                return alike
             why = f"the {kind} prior is not conjugate to the {form.name} kernel"
             return Block(name, Rung.ON_STATISTICS, why, form, tuple(uses), *bounds)
     if is_ordered(parameter):
