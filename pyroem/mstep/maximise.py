@@ -29,24 +29,31 @@ def maximise(
     max_iter: int,
     rows: float,
     few: int = 0,
+    local: Callable[[Params], Objective] | None = None,
 ) -> Params:
     """Ascend ``objective`` over ``params`` in the unconstrained space.
 
     By Newton's method where the coordinates are few and the objective curved, else by L-BFGS. Never
     returns a point with a lower objective than it was given. Coordinates are measured in ``steps``
-    and the objective per row, which brings the gradient to order one.
+    and the objective per row, which brings the gradient to order one. ``local`` gives for a point a
+    cheaper objective with the same first and second derivatives there.
     """
     raw = to_search(parameters, params, steps)
 
     def of(values: Params) -> Tensor:
         return objective(from_search(parameters, values, steps)) / rows
 
+    def near(values: Params) -> Objective:
+        assert local is not None
+        model = local(back(values))
+        return lambda ahead: model(from_search(parameters, ahead, steps)) / rows
+
     def back(values: Params) -> Params:
         with torch.no_grad():
             return {n: v.detach() for n, v in from_search(parameters, values, steps).items()}
 
     if sum(v.numel() for v in raw.values()) <= few:
-        point, done = _newton(of, raw, max_iter)
+        point, done = _newton(of, raw, max_iter, near if local is not None else None)
         params = back(point)
         if done:
             return params
@@ -122,10 +129,16 @@ def ascend(
     return maximise(objective, params, parameters, steps, max_iter=count, rows=rows)
 
 
-def _newton(objective: Objective, start: Params, max_iter: int) -> tuple[Params, bool]:
-    """Newton's method, never downwards: how far it came, and whether there is no more to gain.
+def _newton(
+    objective: Objective,
+    start: Params,
+    max_iter: int,
+    near: Callable[[Params], Objective] | None = None,
+) -> tuple[Params, bool]:
+    """Newton's method, never downwards: how far it came, and whether it did all that it could.
 
-    Exact second derivatives cost one pass backwards for each coordinate.
+    Exact second derivatives cost one pass backwards for each coordinate, through the objective or
+    through the one that ``near`` gives for a point.
     """
     sizes = [v.numel() for v in start.values()]
     point = torch.cat([v.detach().reshape(-1) for v in start.values()]).requires_grad_()
@@ -136,9 +149,10 @@ def _newton(objective: Objective, start: Params, max_iter: int) -> tuple[Params,
 
     try:
         with torch.enable_grad():
-            value = objective(shaped(point))
+            value = _valued(objective, shaped(point), near)
             for _ in range(max_iter):
-                (slope,) = torch.autograd.grad(value, point, create_graph=True)
+                model = value if near is None else near(shaped(point.detach()))(shaped(point))
+                (slope,) = torch.autograd.grad(model, point, create_graph=True)
                 if not slope.requires_grad:
                     break
                 curvature = torch.stack(
@@ -159,7 +173,7 @@ def _newton(objective: Objective, start: Params, max_iter: int) -> tuple[Params,
                 gain = float(slope @ step)
                 for _ in range(HALVINGS):
                     ahead = (point.detach() + step).requires_grad_()
-                    reached = objective(shaped(ahead))
+                    reached = _valued(objective, shaped(ahead), near)
                     if reached >= value:
                         break
                     step = step / 2
@@ -168,6 +182,14 @@ def _newton(objective: Objective, start: Params, max_iter: int) -> tuple[Params,
                 point, value = ahead, reached
                 if gain <= SETTLED:
                     return shaped(point.detach()), True
+            else:
+                return shaped(point.detach()), True
     except (ModelError, torch.linalg.LinAlgError, RuntimeError):
         pass  # the program cannot run there, or cannot be differentiated twice
     return shaped(point.detach()), False
+
+
+def _valued(objective: Objective, values: Params, near: object) -> Tensor:
+    """The objective; without its graph where a local model is differentiated."""
+    with torch.set_grad_enabled(near is None):
+        return objective(values)

@@ -13,7 +13,7 @@ from torch import Tensor
 from pyroem._pyro import Enumerated, isolated, unwrap
 from pyroem.errors import PyroemError
 from pyroem.mstep.landmarks import Landmark, find_landmark
-from pyroem.mstep.recognise import confirmed, read_prior, read_site, same, scaled
+from pyroem.mstep.recognise import Probes, confirmed, read_prior, read_site, same, scaled
 from pyroem.mstep.sites import SiteModel
 from pyroem.structure import Params, Structure
 
@@ -78,7 +78,7 @@ def read_sites(structure: Structure) -> Reading:
     """Probe the program."""
     with isolated(structure.program.dtype, 0), torch.no_grad():
         points = (probe(structure, 1), probe(structure, 2))
-        traces = tuple(structure.enumerate(p) for p in points)
+        traces = structure.enumerate(points[0]), structure.enumerate(points[1])
         moved = {
             name: structure.enumerate({**points[0], name: points[1][name]})
             for name in structure.parameters
@@ -89,6 +89,7 @@ def read_sites(structure: Structure) -> Reading:
                 other = _try_far(structure, {**points[0], name: far[name]})
                 moved[name] = moved[name] if other is None else other
         distant = _try_far(structure, far)
+        probes = Probes(structure, points, traces, moved)
         dependence = {
             site: frozenset(name for name in moved if _moves(traces[0], moved[name], site))
             for site in traces[0].factors
@@ -96,7 +97,7 @@ def read_sites(structure: Structure) -> Reading:
         prior_dependence = _prior_dependence(structure, traces[0], moved)
         sites = {}
         for name in structure.factor_sites:
-            site = read_site(structure, name, points, traces, moved)
+            site = read_site(probes, name)
             if site is not None and distant is not None:
                 site = confirmed(site, far, distant)
             if site is not None:
@@ -108,7 +109,7 @@ def read_sites(structure: Structure) -> Reading:
         sites = scaled(sites)
         priors = {}
         for name, depends in prior_dependence.items():
-            site = read_prior(structure, name, points, traces, moved) if depends else None
+            site = read_prior(probes, name) if depends else None
             if site is not None and distant is not None:
                 site = confirmed(site, far, distant)
             if site is not None:
@@ -125,8 +126,7 @@ def read_sites(structure: Structure) -> Reading:
             for site in {*located, *landmarks}
             for name, trace in moved.items()
         }
-    pair = (traces[0], traces[1])
-    return Reading(sites, dependence, prior_dependence, pair, points, changes, landmarks, priors)
+    return Reading(sites, dependence, prior_dependence, traces, points, changes, landmarks, priors)
 
 
 def _moves(a: Enumerated, b: Enumerated, site: str) -> bool:

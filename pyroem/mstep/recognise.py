@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,57 +34,48 @@ def same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
-def read_site(
-    structure: Structure,
-    name: str,
-    points: tuple[Params, Params],
-    traces: tuple[Enumerated, ...],
-    moved: Mapping[str, Enumerated],
-) -> SiteModel | None:
+@dataclass(frozen=True)
+class Probes:
+    """The program at two random points, and at the first with each parameter moved alone."""
+
+    structure: Structure
+    points: tuple[Params, Params]
+    traces: tuple[Enumerated, Enumerated]
+    moved: Mapping[str, Enumerated]
+
+
+def read_site(probes: Probes, name: str) -> SiteModel | None:
     """The site in the first family that its distribution has and that fits."""
-    nodes = [t.trace.nodes[name] for t in traces]
+    nodes = [t.trace.nodes[name] for t in probes.traces]
     bases = tuple(unwrap(node["fn"])[0] for node in nodes)
-    if name in structure.parameters or not same(nodes[0]["value"], nodes[1]["value"]):
+    if name in probes.structure.parameters or not same(nodes[0]["value"], nodes[1]["value"]):
         return None
     for family in families_of(bases[0]):
-        if not (family.by_row and name in structure.assignments):
-            found = _read_as(family, structure, name, points, traces, moved)
+        if not (family.by_row and name in probes.structure.assignments):
+            found = _read_as(family, probes, name)
             if found is not None:
                 return found
     return None
 
 
-def read_prior(
-    structure: Structure,
-    name: str,
-    points: tuple[Params, Params],
-    traces: tuple[Enumerated, ...],
-    moved: Mapping[str, Enumerated],
-) -> SiteModel | None:
+def read_prior(probes: Probes, name: str) -> SiteModel | None:
     """A prior as a site whose data is the parameter."""
-    node = traces[0].trace.nodes[name]
+    node = probes.traces[0].trace.nodes[name]
     base, _, masks = unwrap(node["fn"])
     family = family_of(base)
-    if family is None or family.latent is not None or family.by_row or family.transform is not None:
+    if family is None or family.latent is not None or family.by_row:
         return None
     if masks or base_mask(node) is not None or float(node["scale"]) != 1.0:
         return None
-    site = _read_as(family, structure, name, points, traces, moved)
-    if site is None or not _is_rebuilt(site, base):
+    site = _read_as(family, probes, name)
+    if site is None or not _is_rebuilt(site, base, node["value"]):
         return None
     centre = None if site.centre is None else torch.zeros(base.event_shape, dtype=site.dtype)
     return replace(site, centre=centre, is_prior=True)
 
 
-def _read_as(
-    family: Family,
-    structure: Structure,
-    name: str,
-    points: tuple[Params, Params],
-    traces: tuple[Enumerated, ...],
-    moved: Mapping[str, Enumerated],
-) -> SiteModel | None:
-    nodes = [t.trace.nodes[name] for t in traces]
+def _read_as(family: Family, probes: Probes, name: str) -> SiteModel | None:
+    nodes = [t.trace.nodes[name] for t in probes.traces]
     base, events, _ = unwrap(nodes[0]["fn"])
     bases = (base, unwrap(nodes[1]["fn"])[0])
     value = nodes[0]["value"]
@@ -96,14 +87,16 @@ def _read_as(
     fn = nodes[0]["fn"]
     batch = tuple(fn.batch_shape + fn.event_shape[:events])
     own = tuple(value.shape[: value.dim() - len(base.event_shape)])
-    mask = base_mask(nodes[0]) if name not in structure.assignments else None
+    mask = base_mask(nodes[0]) if name not in probes.structure.assignments else None
     shape = tuple(torch.broadcast_shapes(batch, own, mask.shape if mask is not None else ()))
     rank = len(shape)
     try:
         canonical = [family.arguments(b) for b in bases]
     except AttributeError as error:
         raise ModelError(f"Site '{name}': the family of {type(base).__name__}: {error}") from error
-    others = {p: family.arguments(unwrap(t.trace.nodes[name]["fn"])[0]) for p, t in moved.items()}
+    others = {
+        p: family.arguments(unwrap(t.trace.nodes[name]["fn"])[0]) for p, t in probes.moved.items()
+    }
     arguments = {}
     for key, first in canonical[0].items():
         event_dim = family.dims(key)
@@ -114,11 +107,11 @@ def _read_as(
         selection = None
         for coordinate in family.coordinates:
             if coordinate.argument == key and selection is None:
-                selection = find(coordinate, cut, points, sorted(hangs))
+                selection = find(coordinate, cut, probes.points, sorted(hangs))
         arguments[key] = Argument(key, event_dim, varies, hangs, selection)
     frames = {f.name: f.dim for f in nodes[0]["cond_indep_stack"] if f.vectorized}
-    unit_dims = frozenset(rank - events + frames[p] for p in structure.unit if p in frames)
-    x = pad(value, rank, len(base.event_shape)).to(structure.program.dtype)
+    unit_dims = frozenset(rank - events + frames[p] for p in probes.structure.unit if p in frames)
+    x = pad(value, rank, len(base.event_shape)).to(probes.structure.program.dtype)
     mask = None if mask is None else pad(mask.to(x.dtype), rank, 0)
     centre = None if family.location is None else torch.zeros((), dtype=x.dtype)  # see scaled
     data = Recorded(family, base, x, rank, unit_dims)
@@ -131,10 +124,10 @@ def _read_as(
     if not all(same(a, b) for a, b in fixed):
         return None  # they depend on a parameter: a number of trials, say
     site = SiteModel(name, family, shape, events, arguments, data, mask, centre, None, unit_dims)
-    return None if family is generic(base) and not _is_rebuilt(site, base) else site
+    return None if family is generic(base) and not _is_rebuilt(site, base, x) else site
 
 
-def _is_rebuilt(site: SiteModel, base: Any) -> bool:
+def _is_rebuilt(site: SiteModel, base: Any, value: Tensor) -> bool:
     """Whether a distribution that was built again from its arguments is the same."""
     rank = len(site.shape)
     try:
@@ -142,8 +135,8 @@ def _is_rebuilt(site: SiteModel, base: Any) -> bool:
             name: pad(value, rank, site.arguments[name].event_dim)
             for name, value in site.family.arguments(base).items()
         }
-        own = base.log_prob(site.data.value)
-        again = type(base)(**arguments).log_prob(site.data.value)
+        own = base.log_prob(value)
+        again = type(base)(**arguments).log_prob(value)
     except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError):
         return False
     close = torch.isclose(again, own.expand(again.shape), rtol=1e-6, atol=1e-6, equal_nan=True)

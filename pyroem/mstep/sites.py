@@ -115,6 +115,8 @@ class SiteModel:
 
     def drawn(self, value: Tensor) -> SiteStatistics:
         """The statistics of a prior: its data is the parameter's current value."""
+        if self.family.transform is not None:
+            value = self.family.transform(self.data.base, value)
         value = pad(value, len(self.shape), len(self.data.base.event_shape))
         own = replace(self, data=replace(self.data, value=value))
         one = torch.ones((1,) * (len(self.shape) - self.events), dtype=value.dtype)

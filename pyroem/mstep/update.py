@@ -14,7 +14,8 @@ from torch import Tensor
 from pyroem._pyro import site_log_prob, unwrap
 from pyroem.families.forms import Form
 from pyroem.mstep.least_squares import solve
-from pyroem.mstep.maximise import MakeOptimiser, ascend, maximise
+from pyroem.mstep.local import local_model
+from pyroem.mstep.maximise import MakeOptimiser, Objective, ascend, maximise
 from pyroem.mstep.plan import Block, Plan, Rung
 from pyroem.mstep.regression import Regression, regression
 from pyroem.mstep.runs import Expected, Run, coefficients_of, prior_coefficients
@@ -37,7 +38,9 @@ class Effort:
     sweeps
         Over the blocks that interact.
     iterations
-        Of each search on the statistics, or on the weighted rows.
+        Of each search on the statistics.
+    over_rows
+        Of each search on the weighted rows.
     steps
         Over the data, for what has no statistics.
     optimiser
@@ -46,12 +49,13 @@ class Effort:
 
     sweeps: int
     iterations: int
+    over_rows: int
     steps: int = 10
     optimiser: MakeOptimiser | None = None
 
 
-THOROUGH = Effort(50, 200)
-QUICK = Effort(3, 20)
+THOROUGH = Effort(50, 200, 200)
+QUICK = Effort(3, 20, 2)
 
 
 def m_step(
@@ -94,7 +98,9 @@ def m_step(
             current = {**current, block.name: value}
         if numeric:
             own = [b.name for b in numeric]
-            found = _on_statistics(plan, own, current, expected, effort.iterations)
+            over_rows = any(b.rung is Rung.ON_ROWS for b in numeric)
+            iterations = effort.over_rows if over_rows else effort.iterations
+            found = _on_statistics(plan, own, current, expected, iterations)
             for block in numeric:
                 clip = block.uses[0].coordinate.clip if block.uses else None
                 if floor is not None and block.name in floor and clip is not None:
@@ -302,6 +308,17 @@ def _on_statistics(
             total = total + run.log_prior(prior)
         return total
 
+    def local(values: Params) -> Objective:
+        run = Run(plan, {**params, **values})
+        models = [(s, local_model(s, run.arguments(s), expected.statistics[s.name])) for s in sites]
+
+        def model(ahead: Params) -> Tensor:
+            run = Run(plan, {**params, **ahead})
+            total = sum((m(run.arguments(s)) for s, m in models), torch.zeros(()))
+            return total + sum((run.log_prior(p) for p in priors), torch.zeros(()))
+
+        return model
+
     return maximise(
         objective,
         {n: params[n] for n in names},
@@ -310,6 +327,7 @@ def _on_statistics(
         max_iter=iterations,
         rows=plan.structure.num_rows,
         few=FEW,
+        local=local if any(s.along_rows for s in sites) else None,
     )
 
 
