@@ -23,9 +23,10 @@ from pyroem.estep.engine import MixtureEngine
 from pyroem.estep.kernel import Rows
 from pyroem.estep.mixture import mixture_of
 from pyroem.families import forms
+from pyroem.mstep.closed import closed_update
 from pyroem.mstep.plan import Rung
 from pyroem.mstep.runs import Expected
-from pyroem.mstep.update import closed_update, expected_sum
+from pyroem.mstep.update import expected_sum
 from pyroem.problem import Problem as Posed
 from pyroem.problem import pose
 from pyroem.statistics import add
