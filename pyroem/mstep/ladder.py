@@ -195,7 +195,11 @@ def _regression(reading: Reading, parameter: Parameter, sites: list[SiteModel]) 
     if parameter.has_prior:
         node = reading.traces[0].trace.nodes[name]
         base, _, masks = unwrap(node["fn"])
-        if type(base) not in (dist.Normal, dist.MultivariateNormal) or masks or base_mask(node):
+        if (
+            type(base) not in (dist.Normal, dist.MultivariateNormal)
+            or masks
+            or (base_mask(node) is not None)
+        ):
             reason = f"a coefficient of a predictor, whose {type(base).__name__} prior is no Normal"
             return Block(name, Rung.ON_STATISTICS, reason)
         prior = f", {type(base).__name__} prior"

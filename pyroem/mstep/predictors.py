@@ -85,14 +85,15 @@ def _value(site: SiteModel, key: str, coordinate: Coordinate, nodes: Any) -> Ten
 
 
 def _elements(ratios: list[Tensor], times: Tensor) -> Tensor | None:
-    """For each cell the element by whose factor it grew, at both points; -1 where it stayed."""
+    """For each cell the element by whose factor it grew, at all points; -1 where it stayed."""
     factors = torch.cat([times.new_ones(1), times])
     gap = (ratios[0].unsqueeze(-1) - factors).abs()
     best = gap.min(-1)
     close = torch.isfinite(ratios[0]) & (best.values <= 1e-9)
-    same = (ratios[0] - ratios[1]).abs() <= 1e-9
+    for other in ratios[1:]:
+        close &= (ratios[0] - other).abs() <= 1e-9
     cells = best.indices - 1
-    return cells if bool((close & same).all()) and bool((cells >= 0).any()) else None
+    return cells if bool(close.all()) and bool((cells >= 0).any()) else None
 
 
 class _Search:
@@ -104,6 +105,7 @@ class _Search:
         intervals = {n: interval_of(p.constraint) for n, p in structure.parameters.items()}
         self.straight = {n for n, interval in intervals.items() if interval is not None}
         self.free = {n for n in self.straight if intervals[n] == (-torch.inf, torch.inf)}
+        self.positive = {n for n, interval in intervals.items() if interval == (0.0, torch.inf)}
         origin = {n: torch.zeros_like(v) if n in self.free else v for n, v in here.items()}
         far = opposite(structure, here)
         self.points: dict[str, Params] = {
@@ -167,12 +169,12 @@ class _Search:
         """The positive parameters of which an argument is a multiple, cell by cell."""
         found = {}
         for name in sorted(names):
-            value, there = self.points["here"][name], self.points["there"]
-            if not bool((value > 0).all() and (there[name] > 0).all()) or not value.numel():
+            value = self.points["here"][name]
+            if name not in self.positive or not value.numel():
                 continue
             ranks = torch.arange(1, value.numel() + 1).to(value).reshape(value.shape)
             times = 1 + ranks / (value.numel() + 1)  # another for each element
-            runs = [self._grown(tag, name, times) for tag in ("here", "there")]
+            runs = [self._grown(tag, name, times) for tag in ("here", "there", "far")]
             for coordinate in site.family.coordinates:
                 form = coordinate.form
                 if coordinate.argument != key or form.stretched is None or form.event_dim:
@@ -182,7 +184,7 @@ class _Search:
                     for own, moved in runs
                     if own is not None and moved is not None
                 ]
-                cells = _elements(ratios, times.reshape(-1)) if len(ratios) == 2 else None
+                cells = _elements(ratios, times.reshape(-1)) if len(ratios) > 1 else None
                 if cells is not None:
                     found[name] = coordinate, cells
                     break
