@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from pyroem.mstep.least_squares import flattest, slope_of
 from pyroem.mstep.runs import Expected
 from pyroem.mstep.sites import SiteModel
 from pyroem.problem import Problem
 from pyroem.structure import Params, from_search, to_search
 
 DEAD = 1e-3  # rows
+SEPARATED = 1e-6  # curvature beside that of even odds
 MARGIN = 1.01  # rounding moves an eigenvalue that was lifted to the floor
 MISSING_FLOOR = 1e-14  # of the data's variance, where the floor is turned off
 
@@ -78,6 +82,21 @@ def dead(problem: Problem, expected: Expected) -> list[str]:
     return messages
 
 
+def separated(problem: Problem, params: Params, expected: Expected) -> str:
+    """A word on coefficients that run to infinity, if some do."""
+    for regression in problem.plan.regressions:
+        parameters = (problem.structure.parameters[n] for n in regression.offsets)
+        if any(p.has_prior for p in parameters):
+            continue
+        if flattest(problem.plan, regression, params, expected) < SEPARATED:
+            names = ", ".join(regression.offsets)
+            return (
+                f"the likelihood has no maximum in {names}: it rises without end along some"
+                " direction (the data are separated); a Normal prior would give one"
+            )
+    return ""
+
+
 def slope(problem: Problem, params: Params) -> float:
     """The largest element of the objective's gradient per row, in units of ``plan.steps``."""
     parameters, steps = problem.structure.parameters, problem.plan.steps
@@ -86,8 +105,19 @@ def slope(problem: Problem, params: Params) -> float:
         values = from_search(parameters, raw, steps)
         log_likelihood, log_prior = problem.log_joint({**params, **values})
         total = (log_likelihood + log_prior) / problem.rows
+        if not total.requires_grad:
+            return 0.0  # nothing depends on the free parameters
         grads = torch.autograd.grad(total, list(raw.values()), allow_unused=True)
-    return max((float(g.abs().max()) for g in grads if g is not None and g.numel()), default=0.0)
+    found = dict(zip(raw, grads, strict=True))
+    for regression in problem.plan.regressions:
+        # Covariates of masked rows may be anything: they spoil the program's gradient, not this.
+        own = [g for n in regression.offsets if (g := found.get(n)) is not None]
+        if any(bool(g.isnan().any()) for g in own):
+            expected, _ = problem.e_step(params)
+            for n, g in slope_of(problem.plan, regression, params, expected).items():
+                found[n] = g * steps[n] / problem.rows
+    steep = [float(g.abs().max()) for g in found.values() if g is not None and g.numel()]
+    return math.inf if any(s != s for s in steep) else max(steep, default=0.0)
 
 
 def _counts(problem: Problem, z: str, expected: Expected, num_states: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Protocol
 
-from pyroem.diagnose import MARGIN, collapsed, dead, slope
+from pyroem.diagnose import MARGIN, collapsed, dead, separated, slope
 from pyroem.guesses import escape
 from pyroem.loop import Outcome, Status, steepest
 from pyroem.mstep.plan import Rung
@@ -61,12 +61,18 @@ def judge(problem: Problem, solver: Judged, start: Start, outcome: Outcome) -> O
         if stuck:
             message = f"states {stuck[0][0]} and {stuck[0][1]} of '{z}' started alike and stayed so"
             return replace(outcome, status=Status.SYMMETRIC, message=message)
-    numeric = plan.on(Rung.ON_STATISTICS) or plan.on(Rung.GRADIENT)
+    searched = (Rung.ON_STATISTICS, Rung.ON_ROWS, Rung.GRADIENT)
+    numeric = any(plan.on(rung) for rung in searched)
+    numeric = numeric or not all(regression.exact for regression in plan.regressions)
     if outcome.status is Status.CONVERGED and numeric and solver.monotone:
         steep = slope(problem, params)
         if steep > steepest(problem, outcome.state, solver.tol):
             message = f"the gradient per row is still {steep:.2g}"
             return replace(outcome, status=Status.STALLED, message=message)
+    if outcome.status is Status.CONVERGED and not outcome.message:
+        message = separated(problem, params, expected)
+        if message:
+            return replace(outcome, message=message)
     if alike and not outcome.message:
         z, pairs = next(iter(alike.items()))
         message = f"states {pairs[0][0]} and {pairs[0][1]} of '{z}' ended alike"

@@ -48,6 +48,8 @@ class Form:
     expansion
         ``(t, *coefficients) -> (kernel, slope, curvature)`` for regressions: the first derivative
         by ``t``, and the negative of the second or its expectation, which is not negative.
+    longest
+        The longest step of a search in ``t``, from where the expansion says little further out.
     stretched
         ``(factor, *coefficients) -> coefficients`` of the kernel as a function of ``t / factor``.
     shifted
@@ -62,6 +64,7 @@ class Form:
     conjugate: dict[type, Callable[[Any], Coefficients]] = field(default_factory=dict)
     domain: tuple[str, ...] = ("scalar",)
     expansion: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
+    longest: float = torch.inf
     stretched: Callable[..., Coefficients] | None = None
     shifted: Callable[..., Coefficients] | None = None
     mode_of_cells: Callable[..., Tensor] | None = None
@@ -171,6 +174,7 @@ LOG_RATE = Form(
     lambda a, b: (a / b).log(),
     (0, 0),
     expansion=lambda t, a, b: (a * t - b * t.exp(), a - b * t.exp(), b * t.exp()),
+    longest=3.0,
     shifted=lambda o, a, b: (a, b * o.exp()),
 )
 INVERSE_RATE = Form(
@@ -200,6 +204,7 @@ LOG_SCALE = Form(
         2 * b * (-2 * t).exp() - a,
         4 * b * (-2 * t).exp(),
     ),
+    longest=3.0,
     shifted=lambda o, a, b: (a, b * (-2 * o).exp()),
 )
 PROBABILITY = Form(
@@ -224,6 +229,7 @@ LOGIT = Form(
         a * torch.sigmoid(-t) - b * torch.sigmoid(t),
         (a + b) * torch.sigmoid(t) * torch.sigmoid(-t),
     ),
+    longest=3.0,
 )
 SIMPLEX = Form(
     "simplex",
@@ -252,6 +258,7 @@ LOGITS = Form(
     event_dim=1,
     domain=("real_vector",),
     expansion=_logits_expansion,
+    longest=3.0,
     mode_beside=_logits_beside,
 )
 COVARIANCE = Form(

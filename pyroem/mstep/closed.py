@@ -11,6 +11,7 @@ from pyro import distributions as dist
 from torch import Tensor
 
 from pyroem._pyro import unwrap
+from pyroem.families import forms
 from pyroem.families.forms import Form
 from pyroem.mstep.plan import Block, Plan
 from pyroem.mstep.runs import Expected, Run, coefficients_of, prior_coefficients
@@ -18,6 +19,7 @@ from pyroem.mstep.selection import as_blocks
 from pyroem.structure import Params
 
 APART = 1e-10  # relative distance of neighbours in order
+FAR_OUT = 230.0  # exp(-230) is 1e-100
 SMALLEST = {torch.float64: 1e-100, torch.float32: 1e-30}
 
 
@@ -53,6 +55,7 @@ def closed_update(
         if block.ordered:
             value = in_order(form, value, totals)
     if not math.isfinite(value.sum()):
+        value = _without_infinities(value, form)
         value = torch.where(_finite_blocks(value, form.event_dim), value, old)
     coordinate = block.uses[0].coordinate
     if floor is not None and block.name in floor and coordinate.clip is not None:
@@ -105,6 +108,17 @@ def _cells(
         parts.append([torch.arange(count), *(p.reshape(-1) for p in prior)])
     index, *coefficients = (torch.cat(list(p)) for p in zip(*parts, strict=True))
     return index, count, *coefficients
+
+
+def _without_infinities(value: Tensor, form: Form) -> Tensor:
+    """Logits, log-rates and the like without a maximum, far out; NaN (no weight at all) stays."""
+    if form is forms.LOGITS:  # categories without data, beside the likeliest one
+        top = torch.where(value.isfinite(), value, -torch.inf).amax(-1, keepdim=True)
+        return torch.where(value == -torch.inf, top - FAR_OUT, value)
+    if form.event_dim:
+        return value
+    far = FAR_OUT if math.isfinite(form.longest) else 1e300
+    return torch.where(value.isinf(), value.sign() * far, value)
 
 
 def _finite_blocks(x: Tensor, event_dim: int) -> Tensor:

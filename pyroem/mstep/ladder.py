@@ -96,7 +96,8 @@ def _closed(reading: Reading, parameter: Parameter, sites: list[SiteModel]) -> B
             selection = argument.selection
             uses.append(Use(site, selection.coordinate, cells, selection.factor))
     if not uses:
-        return numeric("only its prior depends on it")
+        only = "only its prior" if parameter.has_prior else "nothing"
+        return numeric(f"{only} depends on it")
     form = uses[0].coordinate.form
     other = next((u for u in uses if u.coordinate.form is not form), None)
     if other is not None:
@@ -179,6 +180,10 @@ def _regression(reading: Reading, parameter: Parameter, sites: list[SiteModel]) 
     """A coefficient of predictors, or a block on the statistics with the reason why it is none."""
     name, prior = parameter.name, ""
     for site in sites:
+        twice = [a.name for a in site.arguments.values() if name in a.parameters]
+        if len(twice) > 1:
+            reason = f"it stands in arguments {' and '.join(twice)} of {site.title}"
+            return Block(name, Rung.ON_STATISTICS, reason)
         for argument in site.arguments.values():
             if name in argument.parameters:
                 if argument.selection is None:

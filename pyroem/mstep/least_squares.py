@@ -22,6 +22,7 @@ from pyroem.families import forms
 from pyroem.mstep.plan import Plan
 from pyroem.mstep.regression import Regression, Term, accumulate, places, spectrum
 from pyroem.mstep.runs import Expected, Run, coefficients_at, prior_coefficients
+from pyroem.mstep.sites import seen
 from pyroem.structure import Params
 
 HALVINGS = 20
@@ -41,9 +42,13 @@ def solve(
     theta = problem.theta(params)
     theta = theta - null @ (null.T @ theta)
     value, slope, curvature = problem.expand(theta)
+    if not math.isfinite(value):  # coefficients whose predictors overflow
+        theta = torch.where(problem.free, 0.0, theta)
+        value, slope, curvature = problem.expand(theta)
     rows = plan.structure.num_rows
     for _ in range(iterations):
         step, conditioned = _least_squares(curvature, slope)
+        step = step * problem.share(step)
         gain = float(slope @ step)
         if not gain > SETTLED * rows:
             theta = theta + step if math.isfinite(gain) else theta
@@ -64,6 +69,43 @@ def solve(
         return params
     theta = theta - null @ (null.T @ theta)
     return {**params, **problem.params(theta)}
+
+
+def slope_of(plan: Plan, regression: Regression, params: Params, expected: Expected) -> Params:
+    """The gradient of the expected log-joint by the coefficients."""
+    problem = _Problem(plan, regression, params, expected)
+    return problem.params(problem.expand(problem.theta(params))[1])
+
+
+def flattest(plan: Plan, regression: Regression, params: Params, expected: Expected) -> float:
+    """The smallest curvature in any direction of the coefficients, beside that of even odds.
+
+    It falls to zero where coefficients run to infinity: where the data are separated.
+    """
+    problem = _Problem(plan, regression, params, expected)
+    even = torch.zeros_like(problem.prior[1])
+    for term, found in zip(regression.terms, problem.coefficients, strict=True):
+        form = term.affine.coordinate.form
+        if form is forms.LOGIT:
+            second = (found[0] + found[1]) / 4
+        elif form is forms.LOG_RATE:
+            second = found[1] * (found[0].sum() / found[1].sum())
+        elif form is forms.LOGITS:
+            k = found[0].shape[-1]
+            eye = torch.eye(k).to(found[0]) - 1 / k
+            second = found[0].sum(-1)[..., None, None] * eye / k
+        else:
+            return 1.0
+        where = places(term.affine, regression.offsets)
+        accumulate(term.affine, where, torch.zeros_like(found[0]), second, None, even)
+    even = torch.where(problem.free & problem.free.unsqueeze(1), even, 0.0)
+    values, vectors, scale = spectrum(even)
+    kept = values > 1e-10 * values.max()
+    if not bool(kept.any()):
+        return 1.0
+    basis = vectors[:, kept] / values[kept].sqrt() / scale.unsqueeze(1)
+    own = problem.expand(problem.theta(params))[2]
+    return float(torch.linalg.eigvalsh(basis.T @ own @ basis).min())
 
 
 def _least_squares(curvature: Tensor, slope: Tensor) -> tuple[Tensor, bool]:
@@ -135,6 +177,18 @@ class _Problem:
                 quadratic[at, at] = torch.diag(a.expand(value.shape).reshape(-1))
         return linear, quadratic
 
+    def share(self, step: Tensor) -> float:
+        """How much of a step to go, so that no predictor moves further than its kernel allows."""
+        share = 1.0
+        for term in self.regression.terms:
+            longest = term.affine.coordinate.form.longest
+            if longest < math.inf:
+                still = {n: torch.zeros_like(v) for n, v in self.current.items()}
+                zero = torch.zeros_like(term.affine.constant)
+                way = term.affine.value({**still, **self.params(step)}, zero)
+                share = min(share, longest / max(float(way.abs().max()), 1e-300))
+        return share
+
     def expand(self, theta: Tensor) -> tuple[float, Tensor, Tensor]:
         """The value, its slope, and the curvature downwards."""
         params = {**self.current, **self.params(theta)}
@@ -173,5 +227,6 @@ def loose_constant(plan: Plan, term: Term, params: Params) -> Tensor:
     affine = term.affine
     at_base = Run(plan, {**params, **affine.base})
     t = affine.coordinate.forward(term.site.argument_in(at_base.base(term.site), term.key))
+    t = seen(term.site, t, affine.events)
     whole = affine.value(affine.base, torch.zeros_like(affine.constant))
     return affine.spread(t, affine.events) - whole

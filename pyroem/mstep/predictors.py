@@ -22,8 +22,8 @@ from pyroem.mstep.affine import (
     coordinate_of,
 )
 from pyroem.mstep.intervals import interval_of
-from pyroem.mstep.probing import Reading, opposite
-from pyroem.mstep.sites import SiteModel
+from pyroem.mstep.probing import LEVELS, Reading, opposite
+from pyroem.mstep.sites import SiteModel, seen
 from pyroem.structure import Params, Structure
 
 FAILURES = (PyroemError, ArithmeticError, ValueError, RuntimeError)
@@ -81,7 +81,8 @@ class _Candidate:
 
 def _value(site: SiteModel, key: str, coordinate: Coordinate, nodes: Any) -> Tensor:
     base, _, _ = unwrap(nodes[site.name]["fn"])
-    return coordinate_of(coordinate, site.argument_in(base, key))
+    t = coordinate_of(coordinate, site.argument_in(base, key))
+    return seen(site, t, coordinate.form.event_dim)
 
 
 def _elements(ratios: list[Tensor], times: Tensor) -> Tensor | None:
@@ -203,8 +204,7 @@ class _Search:
             for name in sorted({n for c in own for n in c.names}):
                 base = self.points[tag][name]
                 for i in range(base.numel()):
-                    moved, step = self._moved(tag, name, i)
-                    nodes = self.run({**self.points[tag], name: moved})
+                    nodes, step = self._column(tag, name, i, own)
                     for c in own:
                         if name in c.names:
                             value = c.value(nodes)
@@ -222,12 +222,23 @@ class _Search:
                 found.append((c, affine))
         return found
 
-    def _moved(self, tag: str, name: str, i: int) -> tuple[Tensor, float]:
+    def _column(self, tag: str, name: str, i: int, own: list[_Candidate]) -> tuple[Any, float]:
+        """A run with one element moved, by as much as no coordinate overflows; and how far."""
+        nodes, step = None, 0.0
+        for level in LEVELS:
+            moved, step = self._moved(tag, name, i, level)
+            nodes = self.run({**self.points[tag], name: moved})
+            values = [c.value(nodes) for c in own if name in c.names]
+            if all(v is not None and bool(v.isfinite().all()) for v in values):
+                break
+        return nodes, step
+
+    def _moved(self, tag: str, name: str, i: int, level: float) -> tuple[Tensor, float]:
         """One element of a parameter moved, and how far."""
         value = self.points[tag][name].clone().reshape(-1)
         old = float(value[i])
         far = self.points["there"][name].reshape(-1)
-        value[i] = 1.0 if tag == "origin" and name in self.free else far[i]
+        value[i] = level if tag == "origin" and name in self.free else far[i]
         return value.reshape(self.points[tag][name].shape), float(value[i]) - old
 
     def _holds(self, c: _Candidate, found: Affine) -> bool:

@@ -9,25 +9,72 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.distributions.constraints import is_dependent
 
 from pyroem._pyro import Enumerated, isolated, unwrap
 from pyroem.errors import PyroemError
+from pyroem.mstep.intervals import interval_of
 from pyroem.mstep.landmarks import Landmark, find_landmark
 from pyroem.mstep.recognise import Probes, confirmed, read_prior, read_site, same, scaled
 from pyroem.mstep.sites import SiteModel
-from pyroem.structure import Params, Structure
+from pyroem.structure import Parameter, Params, Structure, base_mask
+
+LEVELS = (1.0, 2.0**-7, 2.0**-14, 2.0**-21)  # of the size of probes, where larger ones overflow
+HUGE = 1e60
 
 
-def probe(structure: Structure, seed: int) -> Params:
-    """A random point of the parameter space, in the neighbourhood of the program's own values."""
+def probe(structure: Structure, seed: int, level: float = 1.0) -> Params:
+    """A random point of the parameter space, in the neighbourhood of the program's own values.
+
+    Coordinates without bounds are multiplied by ``level``.
+    """
     generator = torch.Generator().manual_seed(seed)
     point = {}
     for name, parameter in structure.parameters.items():
         parameter = replace(parameter, held=None)
         raw = parameter.unconstrain(parameter.value).clamp(-5, 5)
         noise = torch.rand(raw.shape, generator=generator, dtype=torch.float64) - 0.5
-        point[name] = parameter.constrain(raw + noise.to(raw))
+        point[name] = parameter.constrain((raw + noise.to(raw)) * _level_of(parameter, level))
     return point
+
+
+def _level_of(parameter: Parameter, level: float) -> float:
+    return level if interval_of(parameter.constraint) == (-torch.inf, torch.inf) else 1.0
+
+
+def _tame(trace: Enumerated) -> bool:
+    """Whether all distributions have arguments that numbers can tell: no exponential overflowed."""
+    for name in trace.factors:
+        node = trace.trace.nodes[name]
+        base, _, _ = unwrap(node["fn"])
+        mask = base_mask(node)
+        supports = getattr(base, "arg_constraints", {})
+        for key, support in supports.items() if isinstance(supports, Mapping) else ():
+            value = getattr(base, key, None)
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                continue
+            if mask is not None and not is_dependent(support) and support.event_dim == 0:
+                value, seen = torch.broadcast_tensors(value, mask)
+                value = value[seen]
+            huge = (value.abs() > HUGE) | value.isinf()
+            if interval_of(support) == (0.0, torch.inf):
+                huge = huge | (value < 1 / HUGE)
+            if bool(huge.any()):
+                return False
+    return True
+
+
+def _probes(structure: Structure) -> tuple[tuple[Params, Params], tuple[Enumerated, Enumerated]]:
+    """Two random points and the program there: small ones where large ones overflow."""
+    first = None
+    for level in LEVELS:
+        points = probe(structure, 1, level), probe(structure, 2, level)
+        traces = structure.enumerate(points[0]), structure.enumerate(points[1])
+        if all(map(_tame, traces)):
+            return points, traces
+        first = first or (points, traces)
+    assert first is not None
+    return first
 
 
 def opposite(structure: Structure, point: Params) -> Params:
@@ -36,7 +83,8 @@ def opposite(structure: Structure, point: Params) -> Params:
     for name, parameter in structure.parameters.items():
         parameter = replace(parameter, held=None)
         raw = parameter.unconstrain(point[name])
-        opposite[name] = parameter.constrain(-raw - 0.5 * raw.sign())
+        away = min(0.5, float(raw.abs().max())) if raw.numel() else 0.5
+        opposite[name] = parameter.constrain(-raw - away * raw.sign())
     return opposite
 
 
@@ -77,8 +125,7 @@ class Reading:
 def read_sites(structure: Structure) -> Reading:
     """Probe the program."""
     with isolated(structure.program.dtype, 0), torch.no_grad():
-        points = (probe(structure, 1), probe(structure, 2))
-        traces = structure.enumerate(points[0]), structure.enumerate(points[1])
+        points, traces = _probes(structure)
         moved = {
             name: structure.enumerate({**points[0], name: points[1][name]})
             for name in structure.parameters

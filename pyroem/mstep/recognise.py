@@ -24,7 +24,8 @@ def _varying(a: Tensor, event_dim: int, rank: int) -> frozenset[int]:
     for dim in range(rank):
         if a.shape[dim] > 1:
             first = a.narrow(dim, 0, 1)
-            if ((a - first).abs() > 1e-12 * (a.abs() + first.abs())).any():
+            close = (a - first).abs() <= 1e-12 * (a.abs() + first.abs())
+            if not (close | (a == first) | (a.isnan() & first.isnan())).all():
                 found.add(dim)
     return frozenset(found)
 

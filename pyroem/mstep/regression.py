@@ -13,6 +13,7 @@ from pyroem.mstep.affine import Affine, selected
 from pyroem.mstep.sites import SiteModel
 from pyroem.structure import Structure
 
+FLAT = 1e-13  # an eigenvalue of a design's products, its columns scaled: sums of others
 MOST = 4_000_000  # numbers in a temporary
 
 
@@ -161,6 +162,6 @@ def _null_space(
                 one = one - 1 / width
         accumulate(affine, places(affine, offsets), torch.zeros_like(cells), one, None, curvature)
     values, vectors, scale = spectrum(curvature)
-    flat = values <= 1e-10 * values.max().clamp(min=1e-300)
+    flat = values <= FLAT * values.max().clamp(min=1e-300)
     directions = vectors[:, flat] / scale.unsqueeze(1)
     return torch.linalg.qr(directions).Q if directions.shape[1] else directions

@@ -82,9 +82,38 @@ def search_steps(
                 eye = torch.eye(shape[-1], dtype=torch.bool)
                 unit = torch.where(eye, torch.ones_like(raw), sd.expand_as(raw))
         elif block.form is None:
-            unit = unit * _general_step(structure, reading, name)
+            own = _coefficient_steps(reading, name) if raw.shape == parameter.shape else None
+            if own is None:
+                unit = unit * _general_step(structure, reading, name)
+            else:
+                unit = own.reshape(raw.shape).to(raw)
         steps[name] = torch.where(unit.isfinite() & (unit > 0), unit, torch.ones_like(unit))
     return steps
+
+
+def _coefficient_steps(reading: Reading, name: str) -> Tensor | None:
+    """For each coefficient of a predictor what moves it by one: by ``sd``, if it is a location."""
+    sizes = []
+    for site in reading.sites.values():
+        for key, argument in site.arguments.items():
+            affine = argument.affine
+            if affine is None or name not in affine.names:
+                continue
+            at = affine.names.index(name)
+            first, size = sum(affine.sizes[:at]), affine.sizes[at]
+            unit = 1.0
+            if key == site.family.location and site.scale is not None:
+                unit = float(site.scale.sqrt().mean())
+            found = torch.zeros(sum(affine.sizes), dtype=affine.constant.dtype)
+            for m, elements in affine.entries:
+                if m >= 0:
+                    own = affine.matrices[m].square().mean(0).sqrt() / unit
+                    found[elements] = torch.maximum(found[elements], own)
+            sizes.append(found[first : first + size])
+    if not sizes:
+        return None
+    largest = torch.stack(sizes).amax(0)
+    return torch.where(largest > 0, 1 / largest.clamp(min=1e-300), 1.0)
 
 
 def _general_step(structure: Structure, reading: Reading, name: str) -> float:

@@ -213,6 +213,17 @@ class SiteModel:
         return density.sum()
 
 
+def seen(site: SiteModel, t: Tensor, event_dims: int) -> Tensor:
+    """A coordinate of an argument with zeros where it is masked: there it may be anything."""
+    if site.mask is None:
+        return t
+    shape = t.shape[: t.dim() - event_dims]
+    alike = [d for d, n in enumerate(shape) if n == 1 and site.mask.shape[d] > 1]
+    mask = (site.mask > 0).to(t)
+    mask = mask.amax(alike, keepdim=True) if alike else mask
+    return torch.where(mask.reshape(mask.shape + (1,) * event_dims) > 0, t, 0.0)
+
+
 def pad(x: Tensor, rank: int, event_dim: int) -> Tensor:
     """Batch dims of size one on the left, up to ``rank``."""
     return x.reshape((1,) * (rank + event_dim - x.dim()) + x.shape)
