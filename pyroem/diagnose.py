@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyroem._pyro import unwrap
 from pyroem.mstep.least_squares import flattest, slope_of
-from pyroem.mstep.runs import Expected
+from pyroem.mstep.plan import Plan
+from pyroem.mstep.runs import Expected, Run
 from pyroem.mstep.sites import SiteModel
 from pyroem.problem import Problem
 from pyroem.structure import Params, from_search, to_search
 
 DEAD = 1e-3  # rows
+HINT = (
+    ": the density has no maximum there; give that scale a prior that keeps it off zero (LogNormal,"
+    " InverseGamma)"
+)
+SPIKE = 9.0  # nats above a density as wide as the data
 SEPARATED = 1e-6  # curvature beside that of even odds
 MARGIN = 1.01  # rounding moves an eigenvalue that was lifted to the floor
 MISSING_FLOOR = 1e-14  # of the data's variance, where the floor is turned off
@@ -49,16 +57,46 @@ def collapsed(problem: Problem, params: Params, margin: float = MARGIN) -> list[
                 f"the variance of {site.title} ran to zero (it depends on {', '.join(names)})"
                 f"{_hint(site)}"
             )
+    return messages + _spikes(problem, params)
+
+
+def _spikes(problem: Problem, params: Params) -> list[str]:
+    """Priors whose density runs to infinity: learned spreads at zero, shapes below one at zero."""
+    messages, plan = [], problem.plan
+    run = Run(plan, params)
+    for name in plan.reading.prior_dependence:
+        if name not in problem.free or not params[name].numel():
+            continue
+        prior = run.prior(name)
+        base, _, masks = unwrap(prior["fn"])
+        if masks:
+            continue
+        learned = plan.reading.prior_dependence[name] & set(problem.free)
+        density = base.log_prob(params[name]) / max(1, base.event_shape.numel())
+        if learned and bool((density + _log_unit(plan, name, base) > SPIKE).any()):
+            messages.append(
+                f"the prior of '{name}' shrank to a point (it depends on"
+                f" {', '.join(sorted(learned))}){HINT}"
+            )
+        if base.event_shape:
+            continue
+        small = (params[name] > 0) & (params[name] < 1e-90)
+        inside = base.log_prob(params[name].clamp(min=1e-50))
+        if bool((small & (density > inside + 1)).any()):
+            messages.append(f"'{name}' ran to zero, where the density of its prior is infinite")
     return messages
 
 
+def _log_unit(plan: Plan, name: str, prior: Any) -> Tensor:
+    """The logarithm of the unit of a location; of all else 0."""
+    step = plan.steps[name]
+    if prior.event_shape or step.shape != plan.structure.parameters[name].shape:
+        return step.new_zeros(())
+    return step.log()
+
+
 def _hint(site: SiteModel) -> str:
-    if not site.is_prior:
-        return ""
-    return (
-        ": the density has no maximum there; give that scale a prior that keeps it off zero"
-        " (LogNormal, InverseGamma)"
-    )
+    return HINT if site.is_prior else ""
 
 
 def dead(problem: Problem, expected: Expected) -> list[str]:

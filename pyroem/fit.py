@@ -25,7 +25,7 @@ from pyroem.loop import Record, Restart, Rule, Status
 from pyroem.mstep.blocks import Rung
 from pyroem.problem import Problem, pose
 from pyroem.reading import read
-from pyroem.structure import Params, Structure, known_part, whole_of
+from pyroem.structure import Held, Params, Structure, known_part, whole_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -309,6 +309,11 @@ class Fit:
                 "problem": {
                     "dtype": self.problem.structure.program.dtype,
                     "fixed": [b.name for b in self.problem.plan.on(Rung.FIXED)],
+                    "held": {
+                        n: p.held
+                        for n, p in self.problem.structure.parameters.items()
+                        if p.held is not None
+                    },
                     "floor": self.problem.floor,
                 },
             },
@@ -337,7 +342,12 @@ class Fit:
             settings = stored["problem"]
         except (pickle.UnpicklingError, KeyError, TypeError, RuntimeError, EOFError) as error:
             raise SettingError(f"{path}: not a file that Fit.save wrote.") from error
-        problem = pose(model, args, kwargs, weights=weights, **settings)
+        held = settings.pop("held", {})
+        fixed = [
+            *settings.pop("fixed"),
+            *(Held(n, m, stored["params"][n]) for n, m in held.items()),
+        ]
+        problem = pose(model, args, kwargs, weights=weights, fixed=fixed, **settings)
         params = problem.structure.values(stored["params"])
         with isolated(settings["dtype"], 0), torch.no_grad():
             found, wanted = float(problem.log_joint(params)[0]), stored["log_likelihood"]

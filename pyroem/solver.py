@@ -438,7 +438,12 @@ def _part(name: str, mask: Any) -> str | Held | None:
     def frozen(x: Any) -> Any:
         return tuple(map(frozen, x)) if isinstance(x, list) else x
 
-    return Held(name, frozen(torch.as_tensor(mask).tolist()))
+    try:
+        return Held(name, frozen(torch.as_tensor(mask).tolist()))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise SettingError(
+            f"fixed: for parameter '{name}' expected True, or a mask of booleans, got {mask!r}."
+        ) from error
 
 
 def _agreed(ranks: Ranks, chosen: Iterable[Start]) -> Iterator[Start]:

@@ -210,7 +210,8 @@ class Structure:
         """One parameter's ``value``, checked for its shape and cast."""
         parameter = self.parameters[name]
         try:
-            tensor = torch.as_tensor(value)
+            own = value.dtype if isinstance(value, Tensor) else self.program.dtype
+            tensor = torch.as_tensor(value, dtype=own)
         except (TypeError, ValueError, RuntimeError) as error:
             raise SettingError(
                 f"Parameter '{name}': expected a tensor of shape {parameter.shape}, got {value!r}."

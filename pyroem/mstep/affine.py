@@ -36,7 +36,8 @@ class Affine:
     coefficients); for each element of the event of each cell, in order, ``entries`` names its
     design (-1: it has none) and the elements of ``theta`` that stand there.
 
-    ``loose`` are the parameters that the constant depends on.
+    ``loose`` are the parameters that the constant depends on. The numbers are in double precision,
+    whatever the ``dtype`` of the fit: sums of products over rows need it.
     """
 
     coordinate: Coordinate
@@ -49,6 +50,7 @@ class Affine:
     entries: tuple[tuple[int, Tensor], ...]
     base: Values
     loose: frozenset[str] = frozenset()
+    dtype: torch.dtype = torch.float64
 
     @property
     def events(self) -> int:
@@ -93,7 +95,7 @@ class Affine:
 
     def theta(self, params: Values) -> Tensor:
         """The elements of all parameters as one vector."""
-        return torch.cat([params[name].reshape(-1) for name in self.names])
+        return torch.cat([params[name].reshape(-1) for name in self.names]).to(self.constant)
 
     def spread(self, x: Tensor, event_dims: int) -> Tensor:
         """A tensor over the batch dims as (rows, cells, event); summed where there is no cell.
@@ -130,7 +132,7 @@ class Affine:
 
     def argument(self, params: Values) -> Tensor:
         """The argument at ``params``, over the batch dims."""
-        return self.coordinate.inverse(self.unspread(self.value(params)))
+        return self.coordinate.inverse(self.unspread(self.value(params)).to(self.dtype))
 
     def unspread(self, x: Tensor) -> Tensor:
         """Rows, cells and event dims as the batch dims and event dims of the argument."""
@@ -141,7 +143,7 @@ class Affine:
 
     def explains(self, params: Values, t: Tensor) -> bool:
         """Whether the coordinate is ``t`` at ``params``, a point that it was not made from."""
-        own = self.unspread(self.value(params))
+        own = self.unspread(self.value(params)).to(self.dtype)
         return _close(_gauged(self.coordinate, own), t)
 
     @cached_property
@@ -262,11 +264,12 @@ def affine_of(
         sizes,
         shape,
         rows,
-        spread(constant).reshape((*counts, *event)),
-        tuple(matrices),
+        spread(constant).reshape((*counts, *event)).double(),
+        tuple(m.double() for m in matrices),
         tuple(entries),
         {n: base[n] for n in names},
         loose,
+        at_base.dtype,
     )
 
 

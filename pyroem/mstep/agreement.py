@@ -103,6 +103,7 @@ def _check_density(site: SiteModel, traces: tuple[Enumerated, ...]) -> None:
             f"Site '{site.name}': the registered family of {type(own).__name__} does not agree with"
             f" its log_prob (difference {float(worst):g} beyond the base measure). Are the"
             " arguments within their bounds (a scale that may become negative needs a constraint)?"
+            " Are covariates so large that exponentials overflow?"
             " If the family is your own, mend its statistics, natural parameters or log-normaliser."
         )
 

@@ -81,16 +81,16 @@ def in_order(form: Form, value: Tensor, totals: tuple[Tensor, ...]) -> Tensor:
     for r, row in enumerate(rows):
         pools: list[tuple[Tensor, int]] = []  # coefficients, number of elements
         for i in range(length):
-            if not math.isfinite(row[i]):
+            if math.isnan(row[i]):
                 return value
             pools.append((torch.stack([t[r, i] for t in shaped]), 1))
             while len(pools) > 1 and form.mode(*pools[-2][0]) >= form.mode(*pools[-1][0]):
                 (b, n), (a, m) = pools.pop(), pools.pop()
                 pools.append((a + b, m + n))
-        if len(pools) < length:
-            row.copy_(torch.cat([form.mode(*c).expand(n) for c, n in pools]))
-            apart = APART * (1 + row.abs().max()) * torch.arange(length)
-            row.add_(apart.to(row))
+        row.copy_(torch.cat([form.mode(*c).expand(n) for c, n in pools]))
+        row.copy_(_without_infinities(row, form))
+        for i in range(1, length):
+            row[i] = torch.maximum(row[i], row[i - 1] + APART * (1 + row[i - 1].abs()))
     return rows.reshape(value.shape)
 
 
@@ -155,7 +155,7 @@ def pooled(block: Block, run: Run, expected: Expected) -> tuple[Tensor, ...]:
     assert form is not None
     blocks = as_blocks(value, form.event_dim)
     event = tuple(blocks.shape[1:])
-    if block.alone:  # the usual case needs no sums
+    if block.alone and block.uses[0].cells.numel() == len(blocks):  # the usual case needs no sums
         found = coefficients_of(block.uses[0], value, run, expected)
         shapes = [(*event[:1] * dims,) if form.event_dim else () for dims in form.coefficient_dims]
         if all(

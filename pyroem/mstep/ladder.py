@@ -50,7 +50,10 @@ def place(structure: Structure, reading: Reading, parameter: Parameter) -> Block
         elif site.along_rows:
             argument = next(a for a in site.arguments.values() if a.varies & site.unit_dims)
             plate = "', '".join(structure.unit)
-            reason = f"argument {argument.name} of site '{s}' varies along plate '{plate}'"
+            reason = (
+                f"argument {argument.name} of site '{s}' varies along plate '{plate}' and is not"
+                " affine in it"
+            )
             return Block(name, Rung.GRADIENT, reason)
     return closed
 
@@ -125,7 +128,10 @@ def _closed(reading: Reading, parameter: Parameter, sites: list[SiteModel]) -> B
         kind = type(base).__name__
         if type(base) is dist.Uniform and form.event_dim == 0:
             reason += ", Uniform prior: clipped to its bounds"
-        elif type(base) in form.conjugate and not masks and base_mask(prior) is None:
+        elif masks or base_mask(prior) is not None:
+            why = f"its {kind} prior is masked"
+            return Block(name, Rung.ON_STATISTICS, why, form, tuple(uses), *bounds)
+        elif type(base) in form.conjugate:
             reason += f", conjugate {kind} prior"
         else:
             alike = _regression(reading, parameter, sites)
@@ -173,6 +179,8 @@ def _single_use(site: SiteModel, affine: Affine, name: str) -> Use | None:
         index = torch.where(torch.stack(columns, 1) == 0, -1, index)
         factor = torch.where(factor == 0, 1.0, factor)
     offset = affine.unspread(affine.constant.expand((rows, cells))) if shifted else None
+    factor = None if factor is None else factor.to(affine.dtype)
+    offset = None if offset is None else offset.to(affine.dtype)
     return Use(site, affine.coordinate, affine.unspread(index), factor, offset)
 
 

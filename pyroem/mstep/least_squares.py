@@ -13,20 +13,23 @@ expectation.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from pyroem._pyro import unwrap
 from pyroem.families import forms
+from pyroem.mstep.affine import Affine
 from pyroem.mstep.plan import Plan
-from pyroem.mstep.regression import Regression, Term, accumulate, places, spectrum
+from pyroem.mstep.regression import ROTATED, Regression, Term, accumulate, places, spectrum
 from pyroem.mstep.runs import Expected, Run, coefficients_at, prior_coefficients
 from pyroem.mstep.sites import seen
 from pyroem.structure import Params
 
 HALVINGS = 20
 WELL = 1e-4  # the smallest eigenvalue of what is solved without a second look
+NEAR = 1e-3
 SETTLED = 1e-18  # nats a row that a step promises
 
 
@@ -38,9 +41,8 @@ def solve(
     Directions that nothing depends on (covariates that are sums of others) are left out: of all
     maximisers, the one nearest to zero. Coefficients whose cells have no weight keep their values.
     """
-    problem, null = _Problem(plan, regression, params, expected), regression.null
-    theta = problem.theta(params)
-    theta = theta - null @ (null.T @ theta)
+    problem = _Problem(plan, regression, params, expected)
+    theta = problem.nearest(problem.theta(params))
     value, slope, curvature = problem.expand(theta)
     if not math.isfinite(value):  # coefficients whose predictors overflow
         theta = torch.where(problem.free, 0.0, theta)
@@ -48,10 +50,11 @@ def solve(
     rows = plan.structure.num_rows
     for _ in range(iterations):
         step, conditioned = _least_squares(curvature, slope)
-        step = step * problem.share(step)
+        reach = problem.reach(step)
+        step = step * min(1.0, 1 / max(reach, 1e-300))
         gain = float(slope @ step)
-        if not gain > SETTLED * rows:
-            theta = theta + step if math.isfinite(gain) else theta
+        if not gain > SETTLED * rows:  # the last digits; not where there is no end
+            theta = theta + step if math.isfinite(gain) and reach < NEAR else theta
             break
         if regression.exact and conditioned:
             theta = theta + step
@@ -67,14 +70,13 @@ def solve(
         theta, (value, slope, curvature) = ahead, reached
     if not math.isfinite(value):
         return params
-    theta = theta - null @ (null.T @ theta)
-    return {**params, **problem.params(theta)}
+    return {**params, **{n: v.to(params[n].dtype) for n, v in problem.params(theta).items()}}
 
 
 def slope_of(plan: Plan, regression: Regression, params: Params, expected: Expected) -> Params:
     """The gradient of the expected log-joint by the coefficients."""
-    problem = _Problem(plan, regression, params, expected)
-    return problem.params(problem.expand(problem.theta(params))[1])
+    problem = _Problem(plan, replace(regression, basis=None), params, expected)
+    return problem._named(problem.expand(problem.theta(params))[1])
 
 
 def flattest(plan: Plan, regression: Regression, params: Params, expected: Expected) -> float:
@@ -84,8 +86,8 @@ def flattest(plan: Plan, regression: Regression, params: Params, expected: Expec
     """
     problem = _Problem(plan, regression, params, expected)
     even = torch.zeros_like(problem.prior[1])
-    for term, found in zip(regression.terms, problem.coefficients, strict=True):
-        form = term.affine.coordinate.form
+    for affine, found in zip(problem.affine, problem.coefficients, strict=True):
+        form = affine.coordinate.form
         if form is forms.LOGIT:
             second = (found[0] + found[1]) / 4
         elif form is forms.LOG_RATE:
@@ -96,9 +98,10 @@ def flattest(plan: Plan, regression: Regression, params: Params, expected: Expec
             second = found[0].sum(-1)[..., None, None] * eye / k
         else:
             return 1.0
-        where = places(term.affine, regression.offsets)
-        accumulate(term.affine, where, torch.zeros_like(found[0]), second, None, even)
-    even = torch.where(problem.free & problem.free.unsqueeze(1), even, 0.0)
+        where = problem._where(affine)
+        accumulate(affine, where, torch.zeros_like(found[0]), second, None, even)
+    if regression.basis is None:
+        even = torch.where(problem.free & problem.free.unsqueeze(1), even, 0.0)
     values, vectors, scale = spectrum(even)
     kept = values > 1e-10 * values.max()
     if not bool(kept.any()):
@@ -139,11 +142,42 @@ class _Problem:
         self.free = torch.cat(
             [(torch.zeros_like(v) if h is None else h.to(v)).reshape(-1) == 0 for h, v in masks]
         )
+        self.start = torch.cat([params[n].reshape(-1) for n in regression.offsets]).double()
+        self.affine = [term.affine for term in regression.terms]
+        if regression.basis is not None:
+            still = {**params, **self._named(torch.where(self.free, 0.0, self.start))}
+            pairs = zip(self.affine, self.constants, strict=True)
+            self.constants = [affine.value(still, constant) for affine, constant in pairs]
+            self.affine = list(regression.rotated)
+            linear, quadratic = self.prior
+            inside = regression.basis
+            linear = linear - quadratic @ torch.where(self.free, 0.0, self.start)
+            self.prior = inside.T @ linear, inside.T @ quadratic @ inside
 
     def theta(self, params: Params) -> Tensor:
-        return torch.cat([params[n].reshape(-1) for n in self.regression.offsets])
+        """What is searched for: the coefficients, or their coordinates in the basis."""
+        theta = torch.cat([params[n].reshape(-1) for n in self.regression.offsets]).double()
+        basis = self.regression.basis
+        if basis is None:
+            return theta
+        scale = 1 / basis.norm(dim=1).clamp(min=1e-300)
+        return torch.linalg.lstsq(
+            basis * scale.unsqueeze(1), (theta * scale * self.free).unsqueeze(1), driver="gelsd"
+        ).solution.squeeze(1)
+
+    def nearest(self, theta: Tensor) -> Tensor:
+        """The coefficients without what changes nothing."""
+        null = self.regression.null
+        return theta if self.regression.basis is not None else theta - null @ (null.T @ theta)
 
     def params(self, theta: Tensor) -> Params:
+        """The coefficients of a point of the search."""
+        if self.regression.basis is not None:
+            theta = self.regression.basis @ theta
+        null = self.regression.null
+        return self._named(torch.where(self.free, theta - null @ (null.T @ theta), self.start))
+
+    def _named(self, theta: Tensor) -> Params:
         result = {}
         for name in self.regression.offsets:
             old, at = self.current[name], self.regression.offsets[name]
@@ -154,11 +188,11 @@ class _Problem:
         coordinate = term.affine.coordinate
         found = coefficients_at(term.site, coordinate, self.run, self.expected)
         dims = coordinate.form.coefficient_dims
-        return tuple(term.affine.spread(c, d) for c, d in zip(found, dims, strict=True))
+        return tuple(term.affine.spread(c, d).double() for c, d in zip(found, dims, strict=True))
 
     def _prior(self) -> tuple[Tensor, Tensor]:
         """Normal priors: the linear and the quadratic coefficients."""
-        linear = torch.zeros(self.regression.size, dtype=self.plan.structure.program.dtype)
+        linear = torch.zeros(self.regression.size, dtype=torch.float64)
         quadratic = torch.zeros((self.regression.size, self.regression.size)).to(linear)
         for name in self.regression.offsets:
             if not self.plan.structure.parameters[name].has_prior:
@@ -177,37 +211,47 @@ class _Problem:
                 quadratic[at, at] = torch.diag(a.expand(value.shape).reshape(-1))
         return linear, quadratic
 
-    def share(self, step: Tensor) -> float:
-        """How much of a step to go, so that no predictor moves further than its kernel allows."""
-        share = 1.0
-        for term in self.regression.terms:
-            longest = term.affine.coordinate.form.longest
+    def reach(self, step: Tensor) -> float:
+        """How far a step moves a predictor, at most, beside how far its kernel allows."""
+        reach = 0.0
+        for affine in self.affine:
+            longest = affine.coordinate.form.longest
             if longest < math.inf:
                 still = {n: torch.zeros_like(v) for n, v in self.current.items()}
-                zero = torch.zeros_like(term.affine.constant)
-                way = term.affine.value({**still, **self.params(step)}, zero)
-                share = min(share, longest / max(float(way.abs().max()), 1e-300))
-        return share
+                own = self._point(step) if self.regression.basis is not None else self._named(step)
+                way = affine.value({**still, **own}, torch.zeros_like(affine.constant))
+                reach = max(reach, float(way.abs().max()) / longest)
+        return reach
+
+    def _point(self, theta: Tensor) -> Params:
+        """What the predictors are evaluated at."""
+        if self.regression.basis is not None:
+            return {ROTATED: theta}
+        return {**self.current, **self._named(theta)}
+
+    def _where(self, affine: Affine) -> Tensor:
+        if self.regression.basis is not None:
+            return torch.arange(self.regression.basis.shape[1])
+        return places(affine, self.regression.offsets)
 
     def expand(self, theta: Tensor) -> tuple[float, Tensor, Tensor]:
         """The value, its slope, and the curvature downwards."""
-        params = {**self.current, **self.params(theta)}
+        params = self._point(theta)
         b, a = self.prior
         value = theta @ b - 0.5 * theta @ a @ theta
         slope, curvature = b - a @ theta, a.clone()
-        for term, found, constant, idle in zip(
-            self.regression.terms, self.coefficients, self.constants, self.idle, strict=True
+        for affine, found, constant, idle in zip(
+            self.affine, self.coefficients, self.constants, self.idle, strict=True
         ):
-            affine = term.affine
             expansion = affine.coordinate.form.expansion
             assert expansion is not None
             t = torch.where(idle, 1.0, affine.value(params, constant))
             kernel, first, second = expansion(t, *found)
             value = value + kernel.sum()
-            where = places(affine, self.regression.offsets)
-            accumulate(affine, where, first, second, slope, curvature)
-        slope = torch.where(self.free, slope, 0.0)
-        curvature = torch.where(self.free & self.free.unsqueeze(1), curvature, 0.0)
+            accumulate(affine, self._where(affine), first, second, slope, curvature)
+        if self.regression.basis is None:
+            slope = torch.where(self.free, slope, 0.0)
+            curvature = torch.where(self.free & self.free.unsqueeze(1), curvature, 0.0)
         number = float(value)
         return (number if number == number else -math.inf), slope, curvature
 

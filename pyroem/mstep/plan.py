@@ -113,9 +113,10 @@ def _in_words(together: Regression, block: Block) -> str:
     if others:
         reason += f", together with '{others}'"
     if together.null.shape[1]:
+        count = together.null.shape[1]
         reason += (
-            f"; {together.null.shape[1]} of its {together.size} directions change nothing, and are"
-            " left at zero"
+            f"; {count} of its {together.size} directions change nothing: of all maximisers, the"
+            " one nearest to zero"
         )
     return reason
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.distributions.constraints import is_dependent
 
-from pyroem._pyro import Enumerated, isolated, unwrap
-from pyroem.errors import PyroemError
+from pyroem._pyro import Enumerated, isolated, site_log_prob, unwrap
+from pyroem.errors import DataError, PyroemError
 from pyroem.mstep.intervals import interval_of
 from pyroem.mstep.landmarks import Landmark, find_landmark
 from pyroem.mstep.recognise import Probes, confirmed, read_prior, read_site, same, scaled
@@ -53,6 +53,8 @@ def _tame(trace: Enumerated) -> bool:
             value = getattr(base, key, None)
             if not isinstance(value, Tensor) or not value.is_floating_point():
                 continue
+            if bool(value.isnan().any()) and mask is None:
+                return False
             if mask is not None and not is_dependent(support) and support.event_dim == 0:
                 value, seen = torch.broadcast_tensors(value, mask)
                 value = value[seen]
@@ -74,7 +76,23 @@ def _probes(structure: Structure) -> tuple[tuple[Params, Params], tuple[Enumerat
             return points, traces
         first = first or (points, traces)
     assert first is not None
+    for name in first[1][0].factors:
+        _check_missing(name, first[1])
     return first
+
+
+def _check_missing(name: str, traces: tuple[Enumerated, Enumerated]) -> None:
+    """Raise where what a distribution is given is no number, wherever the parameters are."""
+    nodes = [trace.trace.nodes[name] for trace in traces]
+    missing = [site_log_prob(node).isnan() for node in nodes]
+    both = missing[0] & missing[1]
+    if bool(both.any()):
+        index = tuple(int(i) for i in both.nonzero()[0])
+        raise DataError(
+            f"Site '{name}': its log-probability is NaN at any parameters, at index {index} of"
+            f" {tuple(both.shape)} ({int(both.sum())} such). Is a covariate missing there? Leave"
+            " the row out, or mask it."
+        )
 
 
 def opposite(structure: Structure, point: Params) -> Params:

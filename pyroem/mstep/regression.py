@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,7 +13,10 @@ from pyroem.mstep.affine import Affine, selected
 from pyroem.mstep.sites import SiteModel
 from pyroem.structure import Structure
 
-FLAT = 1e-13  # an eigenvalue of a design's products, its columns scaled: sums of others
+FLAT = 1e-12  # a singular value of a design with its columns scaled: they are sums of others
+ILL = 1e-3  # one that asks for another basis
+GAUGE = 1e-9
+ROTATED = ""  # the name of the coordinates in a basis
 MOST = 4_000_000  # numbers in a temporary
 
 
@@ -31,13 +34,17 @@ class Regression:
     """Parameters that are solved together: coefficients that stand in common predictors.
 
     ``offsets`` gives their places in one vector of ``size`` elements; ``null`` is an orthonormal
-    basis of its directions that nothing depends on.
+    basis of its directions that nothing depends on. Where the columns of a design are nearly sums
+    of others, it is solved for in a ``basis`` in which they are not; ``rotated`` are the predictors
+    of the terms there.
     """
 
     offsets: dict[str, int]
     size: int
     terms: tuple[Term, ...]
     null: Tensor
+    basis: Tensor | None = None
+    rotated: tuple[Affine, ...] = ()
 
     @property
     def exact(self) -> bool:
@@ -61,8 +68,20 @@ def regression(
                 affine = argument.affine if own is None else selected(own)
                 assert affine is not None
                 terms.append(Term(site, key, affine))
-    null = _null_space(structure, offsets, size, terms)
-    return Regression(offsets, size, tuple(terms), null)
+    free = torch.ones(size, dtype=torch.bool)
+    for name, at in offsets.items():
+        held = structure.parameters[name].held
+        if held is not None:
+            free[at : at + held.numel()] = ~held.reshape(-1)
+    priors = torch.zeros(size, dtype=torch.float64)
+    for name, at in offsets.items():
+        parameter = structure.parameters[name]
+        priors[at : at + parameter.value.numel()] = float(parameter.has_prior)
+    null, basis = _directions(offsets, size, terms, free, priors)
+    if basis is None:
+        return Regression(offsets, size, tuple(terms), null)
+    rotated = tuple(_rotated(t.affine, places(t.affine, offsets), basis) for t in terms)
+    return Regression(offsets, size, tuple(terms), null, basis, rotated)
 
 
 def places(affine: Affine, offsets: dict[str, int]) -> Tensor:
@@ -138,30 +157,89 @@ def spectrum(curvature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return values, vectors, scale
 
 
-def _null_space(
-    structure: Structure, offsets: dict[str, int], size: int, terms: Iterable[Term]
-) -> Tensor:
-    """An orthonormal basis of the directions of the coefficients that nothing depends on."""
-    curvature = torch.zeros((size, size), dtype=structure.program.dtype)
-    for name, at in offsets.items():
-        parameter = structure.parameters[name]
-        if parameter.held is not None:  # not free, so not without effect
-            own = slice(at, at + parameter.value.numel())
-            curvature[own, own].diagonal().add_(parameter.held.reshape(-1).to(curvature))
-        if parameter.has_prior:
-            own = slice(at, at + parameter.value.numel())
-            curvature[own, own].diagonal().add_(1.0)
+def _directions(
+    offsets: dict[str, int], size: int, terms: Iterable[Term], free: Tensor, priors: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """The directions of the coefficients that nothing depends on, and a basis of the others.
+
+    Both from the triangular factors of the designs, whose products would hide what is below the
+    square root of the precision. None where the coefficients themselves will do.
+    """
+    terms = tuple(terms)
+    roots = [torch.diag(priors)]
     for term in terms:
         affine = term.affine
-        cells = affine.constant
+        where = places(affine, offsets)
+        factors = [torch.linalg.qr(m, mode="r").R for m in affine.matrices]
+        for m, elements in affine.entries:
+            if m >= 0:
+                root = torch.zeros((len(factors[m]), size + 1)).to(factors[m])
+                root[:, where[elements]] = factors[m]  # what is held by others goes to the end
+                roots.append(root[:, :size])
+    root = torch.cat(roots)[:, free]
+    scale = root.norm(dim=0)
+    scale = torch.where(scale > 0, scale, 1.0)
+    triangle = torch.linalg.qr(root / scale, mode="r").R
+    _, singular, right = torch.linalg.svd(triangle, full_matrices=True)
+    singular = torch.cat([singular, singular.new_zeros(len(scale) - len(singular))])
+    largest = singular.max().clamp(min=1e-300) if len(singular) else 1.0
+    kept = singular > FLAT * largest
+
+    def whole(x: Tensor) -> Tensor:
+        return x.new_zeros((size, x.shape[1])).index_copy(0, free.nonzero().reshape(-1), x)
+
+    basis = whole(right[kept].T / scale.unsqueeze(1) / singular[kept])
+    outside = whole(right[~kept].T / scale.unsqueeze(1))
+    ill = bool((singular[kept] < ILL * largest).any())
+    # Of softmax gates the same may be added to all classes.
+    vectors = [term for term in terms if term.affine.events]
+    gauge = outside[:, :0] if not vectors else _gauge(vectors, offsets, priors, basis)
+    directions = torch.cat([outside, gauge], 1)
+    null = torch.linalg.qr(directions).Q if directions.shape[1] else directions
+    return null, basis if ill else None
+
+
+def _gauge(terms: Iterable[Term], offsets: dict[str, int], priors: Tensor, basis: Tensor) -> Tensor:
+    """The directions within a basis that kernels of vectors do not tell apart."""
+    curvature = basis.T @ torch.diag(priors) @ basis
+    for term in terms:
+        rotated = _rotated(term.affine, places(term.affine, offsets), basis)
+        cells = rotated.constant
         one = torch.ones((1, 1)).to(cells)
-        if affine.events:
+        if rotated.events:
             width = cells.shape[-1]
             one = torch.eye(width).to(cells).reshape((1, 1, width, width))
-            if affine.coordinate.form is forms.LOGITS:
+            if rotated.coordinate.form is forms.LOGITS:
                 one = one - 1 / width
-        accumulate(affine, places(affine, offsets), torch.zeros_like(cells), one, None, curvature)
-    values, vectors, scale = spectrum(curvature)
-    flat = values <= FLAT * values.max().clamp(min=1e-300)
-    directions = vectors[:, flat] / scale.unsqueeze(1)
-    return torch.linalg.qr(directions).Q if directions.shape[1] else directions
+        own = torch.arange(basis.shape[1])
+        accumulate(rotated, own, torch.zeros_like(cells), one, None, curvature)
+    values, vectors = torch.linalg.eigh(curvature)
+    level = GAUGE * values.max().clamp(min=1e-300) if len(values) else 0.0
+    return basis @ vectors[:, values <= level]
+
+
+def _rotated(affine: Affine, where: Tensor, basis: Tensor) -> Affine:
+    """An affine function of the coordinates in a basis."""
+    padded = torch.cat([basis, basis.new_zeros((1, basis.shape[1]))])
+    own = torch.arange(basis.shape[1])
+    matrices: list[Tensor] = []
+    entries: list[tuple[int, Tensor]] = []
+    known: dict[tuple[int, ...], int] = {}
+    for m, elements in affine.entries:
+        if m < 0 or not basis.shape[1]:
+            entries.append((-1, own[:0]))
+            continue
+        key = (m, *elements.tolist())
+        if key not in known:
+            known[key] = len(matrices)
+            matrices.append(affine.matrices[m] @ padded[where[elements]])
+        entries.append((known[key], own))
+    return replace(
+        affine,
+        names=(ROTATED,),
+        sizes=(basis.shape[1],),
+        matrices=tuple(matrices),
+        entries=tuple(entries),
+        base={},
+        loose=frozenset(),
+    )
