@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -165,18 +166,22 @@ def escape(problem: Problem, params: Params, iterations: int = 30) -> float:
 
     Where it exceeds that of ``params``, they are no optimum.
     """
-    generator = torch.Generator().manual_seed(0)
-    evidence = {}
-    for z, p in posterior(problem.structure, params).marginals.items():
-        if z not in problem.structure.assignments:
-            continue
-        noise = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
-        evidence[z] = torch.softmax(p.clamp(min=1e-6).log() + noise, -1)
-    moved = problem.clip(from_evidence(problem, params, evidence, None))
-    for _ in range(iterations):
-        expected, _ = problem.e_step(moved)
-        moved = problem.m_step(moved, expected, effort=QUICK)
-    return float(sum(problem.log_joint(moved)))
+    marginals = posterior(problem.structure, params).marginals
+    best = -math.inf
+    for sign in (1.0, -1.0):  # where states have an order, one of the two is against it
+        generator = torch.Generator().manual_seed(0)
+        evidence = {}
+        for z, p in marginals.items():
+            if z not in problem.structure.assignments:
+                continue
+            noise = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
+            evidence[z] = torch.softmax(p.clamp(min=1e-6).log() + sign * noise, -1)
+        moved = problem.clip(from_evidence(problem, params, evidence, None))
+        for _ in range(iterations):
+            expected, _ = problem.e_step(moved)
+            moved = problem.m_step(moved, expected, effort=QUICK)
+        best = max(best, float(sum(problem.log_joint(moved))))
+    return best
 
 
 def _random(

@@ -45,7 +45,7 @@ def solve(
     theta = problem.nearest(problem.theta(params))
     value, slope, curvature = problem.expand(theta)
     if not math.isfinite(value):  # coefficients whose predictors overflow
-        theta = torch.where(problem.free, 0.0, theta)
+        theta = problem.origin(theta)
         value, slope, curvature = problem.expand(theta)
     rows = plan.structure.num_rows
     for _ in range(iterations):
@@ -76,7 +76,7 @@ def solve(
 def slope_of(plan: Plan, regression: Regression, params: Params, expected: Expected) -> Params:
     """The gradient of the expected log-joint by the coefficients."""
     problem = _Problem(plan, replace(regression, basis=None), params, expected)
-    return problem._named(problem.expand(problem.theta(params))[1])
+    return problem.named(problem.expand(problem.theta(params))[1])
 
 
 def flattest(plan: Plan, regression: Regression, params: Params, expected: Expected) -> float:
@@ -98,7 +98,7 @@ def flattest(plan: Plan, regression: Regression, params: Params, expected: Expec
             second = found[0].sum(-1)[..., None, None] * eye / k
         else:
             return 1.0
-        where = problem._where(affine)
+        where = problem.where(affine)
         accumulate(affine, where, torch.zeros_like(found[0]), second, None, even)
     if regression.basis is None:
         even = torch.where(problem.free & problem.free.unsqueeze(1), even, 0.0)
@@ -145,7 +145,7 @@ class _Problem:
         self.start = torch.cat([params[n].reshape(-1) for n in regression.offsets]).double()
         self.affine = [term.affine for term in regression.terms]
         if regression.basis is not None:
-            still = {**params, **self._named(torch.where(self.free, 0.0, self.start))}
+            still = {**params, **self.named(torch.where(self.free, 0.0, self.start))}
             pairs = zip(self.affine, self.constants, strict=True)
             self.constants = [affine.value(still, constant) for affine, constant in pairs]
             self.affine = list(regression.rotated)
@@ -165,6 +165,12 @@ class _Problem:
             basis * scale.unsqueeze(1), (theta * scale * self.free).unsqueeze(1), driver="gelsd"
         ).solution.squeeze(1)
 
+    def origin(self, theta: Tensor) -> Tensor:
+        """Where all free coefficients are zero."""
+        if self.regression.basis is not None:
+            return torch.zeros_like(theta)
+        return torch.where(self.free, 0.0, theta)
+
     def nearest(self, theta: Tensor) -> Tensor:
         """The coefficients without what changes nothing."""
         null = self.regression.null
@@ -175,9 +181,10 @@ class _Problem:
         if self.regression.basis is not None:
             theta = self.regression.basis @ theta
         null = self.regression.null
-        return self._named(torch.where(self.free, theta - null @ (null.T @ theta), self.start))
+        return self.named(torch.where(self.free, theta - null @ (null.T @ theta), self.start))
 
-    def _named(self, theta: Tensor) -> Params:
+    def named(self, theta: Tensor) -> Params:
+        """A vector of coefficients by their names."""
         result = {}
         for name in self.regression.offsets:
             old, at = self.current[name], self.regression.offsets[name]
@@ -218,7 +225,7 @@ class _Problem:
             longest = affine.coordinate.form.longest
             if longest < math.inf:
                 still = {n: torch.zeros_like(v) for n, v in self.current.items()}
-                own = self._point(step) if self.regression.basis is not None else self._named(step)
+                own = self._point(step) if self.regression.basis is not None else self.named(step)
                 way = affine.value({**still, **own}, torch.zeros_like(affine.constant))
                 reach = max(reach, float(way.abs().max()) / longest)
         return reach
@@ -227,9 +234,10 @@ class _Problem:
         """What the predictors are evaluated at."""
         if self.regression.basis is not None:
             return {ROTATED: theta}
-        return {**self.current, **self._named(theta)}
+        return {**self.current, **self.named(theta)}
 
-    def _where(self, affine: Affine) -> Tensor:
+    def where(self, affine: Affine) -> Tensor:
+        """The place of each of a predictor's elements in what is searched for."""
         if self.regression.basis is not None:
             return torch.arange(self.regression.basis.shape[1])
         return places(affine, self.regression.offsets)
@@ -248,7 +256,7 @@ class _Problem:
             t = torch.where(idle, 1.0, affine.value(params, constant))
             kernel, first, second = expansion(t, *found)
             value = value + kernel.sum()
-            accumulate(affine, self._where(affine), first, second, slope, curvature)
+            accumulate(affine, self.where(affine), first, second, slope, curvature)
         if self.regression.basis is None:
             slope = torch.where(self.free, slope, 0.0)
             curvature = torch.where(self.free & self.free.unsqueeze(1), curvature, 0.0)
