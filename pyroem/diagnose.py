@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyroem._pyro import unwrap
+from pyroem.mstep.intervals import interval_of
 from pyroem.mstep.least_squares import flattest, slope_of
 from pyroem.mstep.plan import Plan
 from pyroem.mstep.runs import Expected, Run
@@ -72,13 +72,16 @@ def _spikes(problem: Problem, params: Params) -> list[str]:
         if masks:
             continue
         learned = plan.reading.prior_dependence[name] & set(problem.free)
+        events = len(base.event_shape)
         density = base.log_prob(params[name]) / max(1, base.event_shape.numel())
-        if learned and bool((density + _log_unit(plan, name, base) > SPIKE).any()):
+        unit = _log_unit(plan, name, params[name])
+        unit = unit.flatten(unit.dim() - events).mean(-1) if events and unit.dim() else unit
+        if learned and bool((density + unit > SPIKE).any()):
             messages.append(
                 f"the prior of '{name}' shrank to a point (it depends on"
                 f" {', '.join(sorted(learned))}){HINT}"
             )
-        if base.event_shape:
+        if events:
             continue
         small = (params[name] > 0) & (params[name] < 1e-90)
         inside = base.log_prob(params[name].clamp(min=1e-50))
@@ -87,12 +90,13 @@ def _spikes(problem: Problem, params: Params) -> list[str]:
     return messages
 
 
-def _log_unit(plan: Plan, name: str, prior: Any) -> Tensor:
-    """The logarithm of the unit of a location; of all else 0."""
+def _log_unit(plan: Plan, name: str, value: Tensor) -> Tensor:
+    """The logarithm of what is wide: the data's spread for a location, a rate's own size."""
+    interval = interval_of(plan.structure.parameters[name].constraint)
+    if interval == (0.0, math.inf):
+        return value.log()
     step = plan.steps[name]
-    if prior.event_shape or step.shape != plan.structure.parameters[name].shape:
-        return step.new_zeros(())
-    return step.log()
+    return step.log() if interval == (-math.inf, math.inf) else step.new_zeros(())
 
 
 def _hint(site: SiteModel) -> str:
