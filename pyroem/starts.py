@@ -26,7 +26,7 @@ from pyroem.threads import threads_for
 
 METHODS = ("auto", "kmeans", "random", "prior", "model")
 LAPS = ((4, 0.5), (10, 0.5), (100, 1.0))  # EM iterations of a race, and the share that goes on
-BRIEF = Effort(1, 5, 2)  # the effort of an M-step in the race
+BRIEF = Effort(1, 5, 3, 2)  # the effort of an M-step in the race
 RESERVE = 3  # finalists that are run when the chosen starts end in a collapse
 CALM = 1e-6  # change of the objective per row at which a run of the race has settled
 

@@ -33,6 +33,8 @@ class Effort:
         Over the blocks that interact.
     iterations
         Of each search on the statistics.
+    newton
+        Of each regression: what is left to gain, the next M-step gains.
     over_rows
         Of each search on the weighted rows.
     steps
@@ -43,13 +45,14 @@ class Effort:
 
     sweeps: int
     iterations: int
+    newton: int
     over_rows: int
     steps: int = 10
     optimiser: MakeOptimiser | None = None
 
 
-THOROUGH = Effort(50, 200, 200)
-QUICK = Effort(3, 20, 2)
+THOROUGH = Effort(50, 200, 200, 200)
+QUICK = Effort(3, 20, 5, 2)
 
 
 def m_step(
@@ -84,7 +87,7 @@ def m_step(
                 if block.name not in solved:
                     together = _together(plan, block.name, names)
                     solved |= together.offsets.keys()
-                    current = solve(plan, together, current, expected, effort.iterations)
+                    current = solve(plan, together, current, expected, effort.newton)
                 continue
             if block.partners and block.partners <= names:
                 block = block.profiled
