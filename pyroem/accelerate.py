@@ -256,10 +256,7 @@ def _limit(parameter: Parameter) -> float:
 
     Near 1 a logit of 20 is known to some 1e-8 in double precision; further out it is noise.
     """
-    constraint = parameter.constraint
-    while isinstance(constraint, constraints.independent):
-        constraint = constraint.base_constraint
-    low, high = interval_of(constraint) or (-math.inf, math.inf)
-    if constraint is constraints.simplex or math.isfinite(high - low):
+    low, high = interval_of(parameter.constraint) or (-math.inf, math.inf)
+    if parameter.kind is constraints.simplex or math.isfinite(high - low):
         return -0.55 * math.log(torch.finfo(parameter.value.dtype).eps)
     return math.inf

@@ -60,7 +60,6 @@ class EM(Solver):
             raise SettingError(
                 f"EM: accelerate must be None, 'squarem' or 'anderson', got {self.accelerate!r}."
             )
-
         if isinstance(self.inner_steps, bool) or not (
             isinstance(self.inner_steps, int) and self.inner_steps > 0
         ):

@@ -36,6 +36,13 @@ _DIMENSIONS: tuple[tuple[Any, Callable[[int], int]], ...] = (
 )
 
 
+def elementary(constraint: Any) -> Any:
+    """A constraint without what made batch dims part of its event."""
+    while isinstance(constraint, constraints.independent):
+        constraint = constraint.base_constraint
+    return constraint
+
+
 @dataclass(frozen=True)
 class Parameter:
     """A continuous unknown of the program.
@@ -90,10 +97,7 @@ class Parameter:
     @property
     def kind(self) -> Any:
         """The constraint of one block: what ``to_event`` made one event, apart again."""
-        constraint = self.constraint
-        while isinstance(constraint, constraints.independent):
-            constraint = constraint.base_constraint
-        return constraint
+        return elementary(self.constraint)
 
     def constrain(self, raw: Tensor) -> Tensor:
         """The value at unconstrained coordinates, by Pyro's own ``transform_to``."""

@@ -19,6 +19,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from brute_force import SetValues
+from draws import real
 from pyro import poutine
 from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import BoolTensor, Tensor
@@ -946,10 +947,6 @@ def masked_entries(x: Tensor, seen: Tensor) -> None:
 # The table
 
 
-def _real(values: Any) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
 def _blank(*shape: int) -> Tensor:
     """A place for data that the program will simulate."""
     return torch.zeros(shape, dtype=torch.float64)
@@ -1003,7 +1000,7 @@ def _problem(
     name: str | None = None,
 ) -> Problem:
     """A row of the table. ``tiny`` is how many rows (and steps) to keep."""
-    values = {key: _real(value) for key, value in truth.items()}
+    values = {key: real(value) for key, value in truth.items()}
     with torch.random.fork_rng(devices=[]), pyro.get_param_store().scope():
         torch.manual_seed(20)
         data = _simulate(model, values, data)

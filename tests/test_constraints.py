@@ -13,6 +13,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from draws import Draws, real
 from problems import PROBLEMS
 from pyro import poutine
 from scipy import optimize, stats
@@ -27,20 +28,8 @@ Model = Callable[..., None]
 POSITIVE, SIMPLEX, UNIT = constraints.positive, constraints.simplex, constraints.unit_interval
 DEFINITE, ORDERED = constraints.positive_definite, dist.constraints.ordered_vector
 TIGHT: dict[str, Any] = {"tol": 1e-12, "param_tol": 1e-7, "max_iter": 5000}
-G = torch.Generator().manual_seed(0)
-
-
-def real(values: Any) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def normal(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=G, dtype=torch.float64)
-
-
-def uniform(*shape: int) -> Tensor:
-    return torch.rand(shape, generator=G, dtype=torch.float64)
-
+DRAWS = Draws(0)
+G, normal, uniform = DRAWS.generator, DRAWS.normal, DRAWS.uniform
 
 # Rows in two states, seen in several ways.
 Z = (uniform(200) < 0.4).long()

@@ -11,6 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from draws import Draws, real
 from pyro import poutine
 from pyro.infer import SVI, TraceEnum_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoDelta
@@ -22,26 +23,11 @@ from torch.distributions import constraints, transform_to
 import pyroem
 from pyroem import EM, MAP, Fit, Status, compare
 
-# torch tells that samples of a Wishart distribution are singular where they are not.
-pytestmark = pytest.mark.filterwarnings("ignore:Singular sample detected")
-
 Model = Callable[..., None]
 POSITIVE, DEFINITE = constraints.positive, constraints.positive_definite
 TIGHT: dict[str, Any] = {"tol": 1e-12, "param_tol": 1e-6}
-G = torch.Generator().manual_seed(0)
-
-
-def real(values: Any) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def normal(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=G, dtype=torch.float64)
-
-
-def uniform(*shape: int) -> Tensor:
-    return torch.rand(shape, generator=G, dtype=torch.float64)
-
+DRAWS = Draws(0)
+G, normal, uniform = DRAWS.generator, DRAWS.normal, DRAWS.uniform
 
 # Rows in two states, seen in several ways.
 Z = (uniform(200) < 0.4).long()

@@ -87,10 +87,7 @@ def _check_density(site: SiteModel, traces: tuple[Enumerated, ...]) -> None:
     for trace in traces:
         node = trace.trace.nodes[site.name]
         own, _, _ = unwrap(node["fn"])
-        arguments = {
-            k: _few(pad(v, rank, site.arguments[k].event_dim), rank)
-            for k, v in site.family.arguments(own).items()
-        }
+        arguments = {k: _few(v, rank) for k, v in site.arguments_in(own).items()}
         density = site.family.log_density(site.centred(arguments), few, one)
         exact = _few(own.log_prob(pad(node["value"], rank, len(own.event_shape))), rank)
         possible = (mask > 0) & exact.isfinite()  # a count above zero at rate zero is not
@@ -117,10 +114,7 @@ def _check_bound(site: SiteModel, traces: tuple[Enumerated, ...]) -> None:
     bases = [unwrap(trace.trace.nodes[site.name]["fn"])[0] for trace in traces]
     x = site.data.value
     exact = [base.log_prob(x) for base in bases]
-    arguments = [
-        site.centred({k: pad(v, rank, site.arguments[k].event_dim) for k, v in found.items()})
-        for found in map(site.family.arguments, bases)
-    ]
+    arguments = [site.centred(site.arguments_in(base)) for base in bases]
     one = torch.ones((1,) * rank, dtype=site.dtype)
     for here, there in ((0, 1), (1, 0)):
         statistics = site.statistics_at(bases[here])

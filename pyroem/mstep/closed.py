@@ -37,7 +37,8 @@ def closed_update(
     form, old = block.form, params[block.name]
     assert form is not None
     run = Run(plan, params)
-    has_prior = plan.structure.parameters[block.name].has_prior
+    parameter = plan.structure.parameters[block.name]
+    has_prior, held = parameter.has_prior, parameter.held
     prior = prior_coefficients(form, run.prior(block.name), old) if has_prior else None
     if form.mode_of_cells is not None:
         value = form.mode_of_cells(*_cells(block, run, expected, prior)).reshape(old.shape)
@@ -45,7 +46,6 @@ def closed_update(
         totals = pooled(block, run, expected)
         if prior is not None:
             totals = tuple(t + p.reshape(t.shape) for t, p in zip(totals, prior, strict=True))
-        held = plan.structure.parameters[block.name].held
         if held is not None and form.mode_beside is not None:
             dims = form.event_dim
             around = as_blocks(old, dims), as_blocks(held, dims)
@@ -64,7 +64,6 @@ def closed_update(
         value = _inside(value, block.lower, block.upper)
         if has_prior:
             value = _below(value, run.prior(block.name))
-    held = plan.structure.parameters[block.name].held
     return value if held is None else torch.where(held, old, value)
 
 

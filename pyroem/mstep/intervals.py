@@ -10,14 +10,12 @@ from pyro import distributions as dist
 from torch.distributions import constraints
 
 from pyroem.families.forms import Form
-from pyroem.structure import Parameter
+from pyroem.structure import Parameter, elementary
 
 
 def bounds_of(parameter: Parameter, form: Form) -> tuple[float, float] | None:
     """The interval of a scalar kernel, or ``(-inf, inf)`` where a block's constraint suits it."""
-    constraint = parameter.constraint
-    while isinstance(constraint, constraints.independent):
-        constraint = constraint.base_constraint
+    constraint = parameter.kind
     if "scalar" in form.domain:
         free = (-torch.inf, torch.inf)
         return free if is_ordered(parameter) else interval_of(constraint)
@@ -49,8 +47,7 @@ def is_ordered(parameter: Parameter) -> bool:
 
 def interval_of(constraint: Any) -> tuple[float, float] | None:
     """The bounds of an elementwise constraint; None where it is none."""
-    while isinstance(constraint, constraints.independent):
-        constraint = constraint.base_constraint
+    constraint = elementary(constraint)
     if constraint in (constraints.real, constraints.real_vector):
         return -torch.inf, torch.inf
     if constraint in (

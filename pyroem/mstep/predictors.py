@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -124,10 +123,10 @@ class _Search:
         except FAILURES:
             return None
 
-    def kept(self, key: Any, point: Callable[[], Params]) -> Any:
+    def kept(self, key: Any, point: Params) -> Any:
         """A run that is made once."""
         if key not in self._runs:
-            self._runs[key] = self.run(point())
+            self._runs[key] = self.run(point)
         return self._runs[key]
 
     def candidate(self, site: SiteModel, key: str) -> _Candidate | None:
@@ -141,7 +140,7 @@ class _Search:
             if not names or elements > MOST_ELEMENTS:
                 continue
             for tag in ("origin", "here"):  # from zero the columns are exact
-                nodes = self.kept(tag, lambda t=tag: self.points[t])  # type: ignore[misc]
+                nodes = self.kept(tag, self.points[tag])
                 if nodes is None:
                     continue
                 at_base = _value(site, key, coordinate, nodes)
@@ -153,11 +152,11 @@ class _Search:
         here, there = self.points["here"], self.points["there"]
         middle = (here[name] + there[name]) / 2
         runs = (
-            self.kept("here", lambda: here),
-            self.kept(("moved", name), lambda: {**here, name: there[name]}),
-            self.kept(("half", name), lambda: {**here, name: middle}),
-            self.kept("there", lambda: there),
-            self.kept(("there", name), lambda: {**there, name: here[name]}),
+            self.kept("here", here),
+            self.kept(("moved", name), {**here, name: there[name]}),
+            self.kept(("half", name), {**here, name: middle}),
+            self.kept("there", there),
+            self.kept(("there", name), {**there, name: here[name]}),
         )
         if any(nodes is None for nodes in runs):
             return False
@@ -195,7 +194,7 @@ class _Search:
         """Runs at a point, and where one parameter is some times larger."""
         point = self.points[tag]
         grown = {**point, name: point[name] * times}
-        return self.kept(tag, lambda: point), self.kept(("times", tag, name), lambda: grown)
+        return self.kept(tag, point), self.kept(("times", tag, name), grown)
 
     def designs(self, candidates: list[_Candidate]) -> list[tuple[_Candidate, Affine]]:
         """The affine functions of the candidates that are what they seem."""
@@ -204,15 +203,11 @@ class _Search:
             for name in sorted({n for c in own for n in c.names}):
                 base = self.points[tag][name]
                 for i in range(base.numel()):
-                    nodes, step = self._column(tag, name, i, own)
-                    for c in own:
-                        if name in c.names:
-                            value = c.value(nodes)
-                            value = (
-                                torch.full_like(c.at_base, torch.nan) if value is None else value
-                            )
-                            units = c.site.unit_dims
-                            c.boxes.append(Box.of(c.coordinate, c.at_base, value, step, units))
+                    with_it = [c for c in own if name in c.names]
+                    values, step = self._column(tag, name, i, with_it)
+                    for c, value in zip(with_it, values, strict=True):
+                        units = c.site.unit_dims
+                        c.boxes.append(Box.of(c.coordinate, c.at_base, value, step, units))
         found = []
         for c in candidates:
             loose = c.site.arguments[c.key].parameters - frozenset(c.names)
@@ -222,16 +217,22 @@ class _Search:
                 found.append((c, affine))
         return found
 
-    def _column(self, tag: str, name: str, i: int, own: list[_Candidate]) -> tuple[Any, float]:
-        """A run with one element moved, by as much as no coordinate overflows; and how far."""
-        nodes, step = None, 0.0
+    def _column(
+        self, tag: str, name: str, i: int, own: list[_Candidate]
+    ) -> tuple[list[Tensor], float]:
+        """The coordinates where one element is moved by as much as none overflows; and how far."""
+        values, step = list[Tensor](), 0.0
         for level in LEVELS:
             moved, step = self._moved(tag, name, i, level)
             nodes = self.run({**self.points[tag], name: moved})
-            values = [c.value(nodes) for c in own if name in c.names]
-            if all(v is not None and bool(v.isfinite().all()) for v in values):
+            found = [c.value(nodes) for c in own]
+            values = [
+                torch.full_like(c.at_base, torch.nan) if v is None else v
+                for c, v in zip(own, found, strict=True)
+            ]
+            if all(bool(v.isfinite().all()) for v in values):
                 break
-        return nodes, step
+        return values, step
 
     def _moved(self, tag: str, name: str, i: int, level: float) -> tuple[Tensor, float]:
         """One element of a parameter moved, and how far."""
@@ -250,7 +251,7 @@ class _Search:
             if found.loose:  # the constant is that of the base
                 point = {**self.points[c.tag], **{n: point[n] for n in found.names}}
             key = (c.tag, tag, found.names) if found.loose else tag
-            t = c.value(self.kept(key, lambda p=point: p))  # type: ignore[misc]
+            t = c.value(self.kept(key, point))
             if t is None and tag == "far":
                 continue  # the program may have demands that no constraint states
             if t is None or not found.explains(point, t):

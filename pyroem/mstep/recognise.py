@@ -130,14 +130,9 @@ def _read_as(family: Family, probes: Probes, name: str) -> SiteModel | None:
 
 def _is_rebuilt(site: SiteModel, base: Any, value: Tensor) -> bool:
     """Whether a distribution that was built again from its arguments is the same."""
-    rank = len(site.shape)
     try:
-        arguments = {
-            name: pad(value, rank, site.arguments[name].event_dim)
-            for name, value in site.family.arguments(base).items()
-        }
         own = base.log_prob(value)
-        again = type(base)(**arguments).log_prob(value)
+        again = type(base)(**site.arguments_in(base)).log_prob(value)
     except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError):
         return False
     close = torch.isclose(again, own.expand(again.shape), rtol=1e-6, atol=1e-6, equal_nan=True)
@@ -147,11 +142,10 @@ def _is_rebuilt(site: SiteModel, base: Any, value: Tensor) -> bool:
 def confirmed(site: SiteModel, point: Params, trace: Enumerated) -> SiteModel:
     """Drop the selections that do not hold at ``point``."""
     base, _, _ = unwrap(trace.trace.nodes[site.name]["fn"])
-    values = site.family.arguments(base)
     arguments = {}
     for key, argument in site.arguments.items():
-        actual = narrow(values[key], argument.event_dim, len(site.shape), argument.varies)
-        if argument.selection is not None and not argument.selection.holds(point, actual):
+        own = argument.selection
+        if own is not None and not own.holds(point, site.argument_in(base, key)):
             argument = replace(argument, selection=None)
         arguments[key] = argument
     return replace(site, arguments=arguments)

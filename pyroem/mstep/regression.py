@@ -69,14 +69,13 @@ def regression(
                 assert affine is not None
                 terms.append(Term(site, key, affine))
     free = torch.ones(size, dtype=torch.bool)
-    for name, at in offsets.items():
-        held = structure.parameters[name].held
-        if held is not None:
-            free[at : at + held.numel()] = ~held.reshape(-1)
     priors = torch.zeros(size, dtype=torch.float64)
     for name, at in offsets.items():
         parameter = structure.parameters[name]
-        priors[at : at + parameter.value.numel()] = float(parameter.has_prior)
+        elements = slice(at, at + parameter.value.numel())
+        priors[elements] = float(parameter.has_prior)
+        if parameter.held is not None:
+            free[elements] = ~parameter.held.reshape(-1)
     null, basis = _directions(offsets, size, terms, free, priors)
     if basis is None:
         return Regression(offsets, size, tuple(terms), null)
@@ -158,14 +157,13 @@ def spectrum(curvature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _directions(
-    offsets: dict[str, int], size: int, terms: Iterable[Term], free: Tensor, priors: Tensor
+    offsets: dict[str, int], size: int, terms: list[Term], free: Tensor, priors: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """The directions of the coefficients that nothing depends on, and a basis of the others.
 
     Both from the triangular factors of the designs, whose products would hide what is below the
     square root of the precision. None where the coefficients themselves will do.
     """
-    terms = tuple(terms)
     roots = [torch.diag(priors)]
     for term in terms:
         affine = term.affine
@@ -205,12 +203,10 @@ def _gauge(terms: Iterable[Term], offsets: dict[str, int], priors: Tensor, basis
     for term in terms:
         rotated = _rotated(term.affine, places(term.affine, offsets), basis)
         cells = rotated.constant
-        one = torch.ones((1, 1)).to(cells)
-        if rotated.events:
-            width = cells.shape[-1]
-            one = torch.eye(width).to(cells).reshape((1, 1, width, width))
-            if rotated.coordinate.form is forms.LOGITS:
-                one = one - 1 / width
+        width = cells.shape[-1]
+        one = torch.eye(width).to(cells).reshape((1, 1, width, width))
+        if rotated.coordinate.form is forms.LOGITS:
+            one = one - 1 / width
         own = torch.arange(basis.shape[1])
         accumulate(rotated, own, torch.zeros_like(cells), one, None, curvature)
     values, vectors = torch.linalg.eigh(curvature)

@@ -153,10 +153,7 @@ class SiteModel:
         """The statistics of all rows, of which some are expected ones at the program's ``base``."""
         if self.family.latent is None:
             return self.sufficient
-        arguments = {
-            name: pad(value, len(self.shape), self.arguments[name].event_dim)
-            for name, value in self.family.arguments(base).items()
-        }
+        arguments = self.arguments_in(base)
         x = self.data.value if self.centre is None else self.data.value - self.centre
         found = self.family.latent(base, self.centred(arguments), x)
         shapes = zip(found, self.family.event_dims, strict=True)
@@ -190,6 +187,13 @@ class SiteModel:
         if argument.affine is not None and not argument.affine.loose:
             return argument.affine.argument(params)
         return self.argument_in(base(), name)
+
+    def arguments_in(self, base: Any) -> Arguments:
+        """The arguments of the program's own distribution, padded to the site's rank."""
+        return {
+            name: pad(value, len(self.shape), self.arguments[name].event_dim)
+            for name, value in self.family.arguments(base).items()
+        }
 
     def argument_in(self, base: Any, name: str) -> Tensor:
         """One argument of the program's own distribution, over the dims along which it varies."""
