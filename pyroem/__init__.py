@@ -1,5 +1,6 @@
 """pyroem: closed-form EM and gradient MAP for any Pyro program with discrete assignments."""
 
+from pyroem._pyro import markov
 from pyroem.api import e_step, expected_log_joint, log_joint
 from pyroem.blocks import Blocks, blocks
 from pyroem.compare import Comparison, Row, compare
@@ -38,5 +39,6 @@ __all__ = [
     "expected_log_joint",
     "exponential_family",
     "log_joint",
+    "markov",
     "register_family",
 ]

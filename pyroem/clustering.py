@@ -18,7 +18,7 @@ CHUNK = 100_000
 
 def rows_shape(problem: Problem, z: str) -> tuple[int, ...]:
     """The sizes of the plates of an assignment."""
-    node = problem.plan.reading.traces[0].trace.nodes[z]
+    node = problem.nodes[z]
     sizes = {f.name: f.size for f in node["cond_indep_stack"] if f.vectorized}
     return tuple(sizes[p] for p in problem.structure.plates[z])
 
@@ -32,7 +32,7 @@ def features(problem: Problem, trace: Enumerated, group: StateGroup) -> Tensor |
             factor = trace.factors.get(name)
             if factor is None or trace.states[z] not in factor.dims:
                 continue
-            column = _columns(problem, trace, z, name)
+            column = _columns(problem, z, name)
             if column is not None:
                 columns.append(column)
         if not columns:
@@ -47,9 +47,9 @@ def features(problem: Problem, trace: Enumerated, group: StateGroup) -> Tensor |
     return (rows - rows.mean(0)) / torch.where(spread > 0, spread, 1.0)
 
 
-def _columns(problem: Problem, trace: Enumerated, z: str, name: str) -> Tensor | None:
+def _columns(problem: Problem, z: str, name: str) -> Tensor | None:
     """The data of one observation as rows over the plates of ``z``."""
-    node = trace.trace.nodes[name]
+    node = problem.nodes[name]
     frames = {f.name: f.dim for f in node["cond_indep_stack"] if f.vectorized}
     plates = problem.structure.plates[z]
     base, _, _ = unwrap(node["fn"])

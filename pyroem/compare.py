@@ -16,7 +16,6 @@ from torch import Tensor
 from pyroem._pyro import isolated
 from pyroem.em import EM
 from pyroem.errors import ModelError, SettingError
-from pyroem.estep.trace import posterior
 from pyroem.fit import Fit
 from pyroem.gradient import MAP
 from pyroem.interrupt import deferred, pressed
@@ -270,8 +269,8 @@ def match(fit: Fit, reference: Fit) -> Params:
     structure = reference.problem.sample.structure
     params = {n: v.to(reference.params[n].dtype) for n, v in fit.params.items()}
     with isolated(structure.program.dtype, 0):
-        a = posterior(structure, reference.params).marginals
-        b = posterior(structure, params).marginals
+        a = reference.problem.sample.marginals(reference.params)
+        b = reference.problem.sample.marginals(params)
     for group in reference.problem.groups:
         k = group.num_states
         if not group.axes and not group.complements:

@@ -20,7 +20,7 @@ from torch import distributed as dist
 
 from pyroem import errors, interrupt
 from pyroem.errors import ModelError, PyroemError, SettingError
-from pyroem.estep.engine import MixtureEngine
+from pyroem.estep.engine import MixtureEngine, log_prior, surrogate
 from pyroem.mstep.runs import Expected
 from pyroem.statistics import SiteStatistics
 from pyroem.structure import Params
@@ -301,21 +301,22 @@ class DistributedEngine:
         The gradient follows from the statistics of all rows, in every process by itself.
         """
         expected, first = self._sums(LOG_JOINT, {n: v.detach() for n, v in params.items()})
-        log_prior = self.own.log_prior(params)
+        prior = log_prior(self.own.mixture.plan, params)
         if first.isfinite():
-            log_prior = first + (log_prior - log_prior.detach())
-        return self.own.surrogate(params, expected), log_prior
+            prior = first + (prior - prior.detach())
+        return surrogate(self.own.mixture.plan, params, expected), prior
 
     def _sums(self, kind: int, params: Params) -> tuple[Expected, Tensor]:
         """The statistics of all rows, and the prior, which the first process counts."""
         body, failure = torch.zeros(0), None
         try:
             if self.rows[self.ranks.rank]:
-                expected, log_prior = self.own.expect(params)
+                expected, prior = self.own.expect(params)
                 flat = flatten(expected)
             else:
-                log_prior, flat = self.own.log_prior(params), torch.zeros_like(flatten(self.shape))
-            counted = torch.zeros(1) if self.ranks.rank else log_prior.detach().reshape(1)
+                prior = log_prior(self.own.mixture.plan, params)
+                flat = torch.zeros_like(flatten(self.shape))
+            counted = torch.zeros(1) if self.ranks.rank else prior.detach().reshape(1)
             body = torch.cat([flat, counted.double()])
         except Exception as error:
             failure = error

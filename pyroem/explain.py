@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pyroem.loop import Restart, Rule, Status
 from pyroem.mstep.blocks import Rung
 from pyroem.problem import Problem
-from pyroem.structure import whole_of
+from pyroem.structure import Structure, whole_of
 
 _HOW = {
     Rung.CLOSED_FORM: "closed form",
@@ -46,6 +46,7 @@ def describe(
         + (", ".join(_shortened([f"{z} ({k} states)" for z, k in states])) or "none")
         + ".",
         f"Engine: {problem.engine.description}.",
+        *_on_loops(structure),
         "",
         "How EM updates each parameter:"
         if solver.split()[0] == "EM"
@@ -77,6 +78,12 @@ def describe(
         ends = ", ".join(f"{r.log_joint:.4f} ({r.status})" for r in restarts)
         lines.append(f"Restarts: {ends}.")
     return "\n".join(lines)
+
+
+def _on_loops(structure: Structure) -> list[str]:
+    if structure.no_chain:
+        return [f"Loop over time: unrolled, because {structure.no_chain}."]
+    return []
 
 
 def _shortened(items: Sequence[str]) -> list[str]:

@@ -15,8 +15,12 @@ import torch
 from pyro import distributions as dist
 from torch import Tensor
 
-from pyroem._pyro import isolated, unwrap
+from pyroem import sequences
+from pyroem._pyro import Enumerated, isolated, unwrap
 from pyroem.errors import ModelError, SettingError
+from pyroem.estep import decode
+from pyroem.estep.chain import Potentials
+from pyroem.estep.engine import ChainEngine
 from pyroem.estep.kernel import Rows, best_states, entropy, marginals, row_log_likelihoods
 from pyroem.estep.mixture import Mixture
 from pyroem.estep.trace import entropy_of_known, factor_weights, posterior
@@ -24,7 +28,8 @@ from pyroem.explain import describe
 from pyroem.loop import Record, Restart, Rule, Status
 from pyroem.mstep.blocks import Rung
 from pyroem.problem import Problem, pose
-from pyroem.reading import read
+from pyroem.reading import on_other_sequences, read
+from pyroem.sequences import Filtered, Forecast
 from pyroem.structure import Held, Params, Structure, known_part, whole_of
 
 
@@ -104,6 +109,8 @@ class Fit:
         own = self.problem.structure
         if not args and not kwargs:
             return own
+        if own.chains:
+            return on_other_sequences(own, self.params, args, kwargs)
         structure = read(own.program.model, args, kwargs, dtype=own.program.dtype, part=True)
         for name, parameter in structure.parameters.items():
             if name not in self.params or parameter.shape != tuple(self.params[name].shape):
@@ -122,11 +129,11 @@ class Fit:
         found = self._marginals(args, kwargs)
         structure = self.problem.sample.structure
         with isolated(structure.program.dtype, 0):
-            nodes = structure.program.run(self.params).nodes
-        return {
-            z: _as_distribution(nodes[z if z in structure.assignments else f"{z}_unobserved"], p)
-            for z, p in found.items()
-        }
+            nodes = dict(structure.program.run(self.params).nodes)
+        for chain in structure.chains:
+            nodes[chain.name] = nodes[chain.step]
+        kinds = {z: z if z in nodes else f"{z}_unobserved" for z in found}
+        return {z: _as_distribution(nodes.get(kinds[z]), p) for z, p in found.items()}
 
     def responsibilities(self, *args: Any, **kwargs: Any) -> Any:
         """The posterior probability of each state: the plates' dims, then the states.
@@ -140,6 +147,8 @@ class Fit:
             if kernel is not None:
                 return self._in_plates(marginals(*kernel, self.params), args, kwargs)
             structure = self._structure(args, kwargs)
+            if structure.chains:
+                return sequences.named(structure, decode.marginals(self._potentials(structure)))
             return posterior(structure, self.params).marginals
 
     @contextlib.contextmanager
@@ -163,18 +172,99 @@ class Fit:
         shape = (-1,) if args or kwargs or len(own) == 1 else own
         return {z: v.reshape((*shape, *v.shape[1:])) for z, v in values.items()}
 
-    def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """The most probable joint assignment of each row (a chain's: Viterbi), as state numbers.
+    def predict(self, *args: Any, method: str = "joint", **kwargs: Any) -> Any:
+        """The most probable states, as state numbers.
 
-        One tensor where the program has one assignment, else a dict by assignment.
+        With ``method="joint"`` those of the most probable joint assignment of each row (of each
+        sequence: Viterbi); with ``"marginal"`` the most probable state of each assignment by
+        itself. One tensor where the program has one assignment, else a dict by assignment; of a
+        chain the plates of its sequences, then the steps.
         """
+        if method not in ("joint", "marginal"):
+            raise SettingError(f"predict: method must be 'joint' or 'marginal', got {method!r}.")
+        if method == "marginal":
+            found = self._marginals(args, kwargs)
+            return _single({z: p.argmax(-1) for z, p in found.items()})
         with self._kernel(args, kwargs) as kernel:
             if kernel is not None:
                 best = best_states(*kernel, self.params)
                 return _single(self._in_plates(best, args, kwargs))
             structure = self._structure(args, kwargs)
+            if structure.chains:
+                best = decode.states(self._potentials(structure, best=True))
+                return _single(sequences.named(structure, best))
             found = posterior(structure, self.params, backend="logmax").marginals
         return _single({z: p.argmax(-1) for z, p in found.items()})
+
+    def _potentials(self, structure: Structure, best: bool = False) -> list[Potentials]:
+        """The log-probabilities of the chains on the sequences of ``structure``."""
+        with isolated(structure.program.dtype, 0), torch.no_grad():
+            engine = self.problem.chain_engine(structure, self.params)
+            return engine.potentials(self.params, best)
+
+    def _chains(self, what: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Structure:
+        """The program on some sequences, if it has chains; ``what`` needs them."""
+        own = self.problem.structure
+        if not own.chains:
+            why = f": {own.no_chain}" if own.no_chain else ""
+            raise ModelError(f"{what}: the program was not read as a chain of states{why}.")
+        return self._structure(args, kwargs)
+
+    def _run(self, structure: Structure) -> Enumerated:
+        with isolated(structure.program.dtype, 0), torch.no_grad():
+            return structure.enumerate(self.params)
+
+    def filter(
+        self,
+        *args: Any,
+        state: Filtered | Mapping[str, Tensor] | None = None,
+        overlap: bool = False,
+        **kwargs: Any,
+    ) -> Filtered:
+        """``p(state at t | seen up to t)`` of every step, from left to right only.
+
+        With ``state``, what :meth:`filter` gave before, the data goes on where that left off: one
+        step or more. Where a step looks at the step before (its observation, its covariates), begin
+        the new data with the last step seen and give ``overlap=True``.
+
+        Raises:
+        ------
+        ModelError
+            Where the program is no chain.
+        SettingError
+            Where ``state`` is of other sequences.
+        """
+        before = state.last if isinstance(state, Filtered) else state
+        if overlap and before is None:
+            raise SettingError("filter: overlap=True needs the state of the past.")
+        structure = self._chains("filter", args, kwargs)
+        return sequences.filtered(structure, self._potentials(structure), before, overlap)
+
+    def forecast(self, steps: int, *args: Any, **kwargs: Any) -> Forecast:
+        """The states and the observations of the ``steps`` after the end of each sequence.
+
+        Raises:
+        ------
+        ModelError
+            Where the program is no chain, or what comes depends on covariates.
+        """
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise SettingError(f"forecast: steps must be a positive integer, got {steps!r}.")
+        structure = self._chains("forecast", args, kwargs)
+        run, potentials = self._run(structure), self._potentials(structure)
+        return sequences.forecast(structure, run, potentials, steps)
+
+    def residuals(self, *args: Any, kind: str = "forecast", **kwargs: Any) -> dict[str, Tensor]:
+        """Pseudo-residuals of a chain's observations: normal if the model is right.
+
+        The normal quantile of ``P(X_t <= x_t)`` given what was seen before (``"forecast"``), or
+        given all other steps (``"ordinary"``); of counts and categories the middle between that and
+        ``P(X_t < x_t)``.
+
+        Source: Zucchini, MacDonald and Langrock (2016), chapter 6.
+        """
+        structure = self._chains("residuals", args, kwargs)
+        return sequences.residuals(structure, self._run(structure), kind)
 
     def log_prob(self, *args: Any, **kwargs: Any) -> Tensor:
         """The log-likelihood of each row (of each element of the rows' plates).
@@ -193,6 +283,10 @@ class Fit:
                 found = row_log_likelihoods(*kernel, self.params)
                 return self._in_plates({"": found}, args, kwargs)[""]
         structure = self._structure(args, kwargs)
+        chained = {n for c in structure.chains for n in (*c.opening, *c.following)}
+        if structure.chains and complete and structure.factor_sites <= chained:
+            found = decode.log_likelihoods(structure, self._potentials(structure))
+            return found.expand(structure.unit_shape)
         with isolated(structure.program.dtype, 0), torch.no_grad():
             trace = structure.enumerate(self.params)
             rows, alone = trace.row_log_likelihood(trace.tensors(), structure.unit)
@@ -218,6 +312,8 @@ class Fit:
             raise SettingError(f"sample: n must be a positive integer, got {n!r}.")
         rows = structure.num_rows if structure.unit else 1
         draws: dict[str, list[Tensor]] = {name: [] for name in names}
+        if structure.chains:
+            return self._draw_sequences(n, rows, seed)
         with isolated(structure.program.dtype, seed), torch.no_grad():
             for _ in range(1 if n is None else -(-n // rows)):
                 nodes = structure.program.run(self.params, observed=False).nodes
@@ -228,6 +324,23 @@ class Fit:
         if n is None:
             return {name: parts[0] for name, parts in drawn.items()}
         return {name: torch.cat(parts)[:n] for name, parts in drawn.items()}
+
+    def _draw_sequences(self, n: int | None, rows: int, seed: int) -> dict[str, Tensor]:
+        """Sequences as long as those of the data; ``n`` of them in the first dim."""
+        structure = self.problem.structure
+        count = 1 if n is None else -(-n // rows)
+        with isolated(structure.program.dtype, seed), torch.no_grad():
+            drawn = [sequences.draw(structure, self.params) for _ in range(count)]
+        if n is None:
+            return drawn[0]
+        if not structure.unit:
+            return {name: torch.stack([d[name] for d in drawn]) for name in drawn[0]}
+        rank = len(structure.unit)
+        joined = {
+            name: torch.cat([d[name].reshape((-1, *d[name].shape[rank:])) for d in drawn])
+            for name in drawn[0]
+        }
+        return {name: x[:n] for name, x in joined.items()}
 
     @property
     def df(self) -> int:
@@ -265,7 +378,13 @@ class Fit:
         with isolated(structure.program.dtype, 0), torch.no_grad():
             trace = structure.enumerate(self.params)
             tensors = trace.tensors()
-            value, found = factor_weights(trace, tensors, row_weights=weights, unit=structure.unit)
+            if isinstance(self.problem.engine, ChainEngine):
+                by_chain = self.problem.engine.found(trace)
+                value, found = by_chain.log_likelihood, by_chain.weights
+            else:
+                value, found = factor_weights(
+                    trace, tensors, row_weights=weights, unit=structure.unit
+                )
             mean = sum(torch.where(w > 0, w * tensors[n], 0.0).sum() for n, w in found.items())
             known = entropy_of_known(structure, trace, found)
         return self.bic(rows) + 2 * float(value - mean - known)
@@ -377,7 +496,7 @@ def _single(values: dict[str, Tensor]) -> Any:
 
 
 def _as_distribution(site: Any, probs: Tensor) -> Any:
-    base, _, _ = unwrap(site["fn"])
+    base = None if site is None else unwrap(site["fn"])[0]
     if isinstance(base, dist.Bernoulli):
         return dist.Bernoulli(probs[..., 1])
     if isinstance(base, dist.OneHotCategorical):

@@ -11,9 +11,9 @@ from torch import Tensor
 from pyroem._pyro import align
 from pyroem.batch import Batch, has_one_group, no_batch, stack, unstack
 from pyroem.clustering import cluster_means, features, kmeans, rows_shape
-from pyroem.estep.engine import MixtureEngine
+from pyroem.estep.engine import ChainEngine, MixtureEngine
 from pyroem.estep.kernel import expect_given
-from pyroem.estep.trace import collect, factor_weights, posterior
+from pyroem.estep.trace import collect, factor_weights
 from pyroem.mstep.runs import Expected, Run
 from pyroem.mstep.update import QUICK
 from pyroem.problem import Problem
@@ -112,6 +112,9 @@ def from_evidence(
         by_kernel = _by_kernel(problem, evidence, importance)
         if by_kernel is not None:
             return problem.m_step(params, by_kernel, only, effort=QUICK)
+    if isinstance(problem.engine, ChainEngine):
+        given = problem.engine.expect_given(params, evidence, importance)
+        return problem.m_step(params, given, only, effort=QUICK)
     structure, trace = problem.structure, problem.plan.reading.traces[0]
     tensors = {name: torch.zeros_like(f.tensor) for name, f in trace.factors.items()}
     for z, probabilities in evidence.items():
@@ -166,7 +169,7 @@ def escape(problem: Problem, params: Params, iterations: int = 30) -> float:
 
     Where it exceeds that of ``params``, they are no optimum.
     """
-    marginals = posterior(problem.structure, params).marginals
+    marginals = problem.marginals(params)
     best = -math.inf
     for sign in (1.0, -1.0):  # where states have an order, one of the two is against it
         generator = torch.Generator().manual_seed(0)

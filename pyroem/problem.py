@@ -17,24 +17,29 @@ from pyroem._pyro import as_data, isolated
 from pyroem.blocks import blocks, is_source
 from pyroem.distributed import DistributedEngine
 from pyroem.errors import DataError, ModelError, PyroemError, SettingError
+from pyroem.estep import decode
 from pyroem.estep.agreement import check_kernel
-from pyroem.estep.engine import Engine, MixtureEngine, TraceEngine
+from pyroem.estep.chain import lengths, sequence_weights, shape_of
+from pyroem.estep.emissions import ChainParts, ChainRows, chain_parts
+from pyroem.estep.engine import ChainEngine, Engine, MixtureEngine, TraceEngine
 from pyroem.estep.kernel import Rows
 from pyroem.estep.mixture import Mixture, mixture_of
+from pyroem.estep.trace import posterior
 from pyroem.mstep.freedom import degrees_of_freedom
 from pyroem.mstep.plan import Plan, Rung, make_plan
 from pyroem.mstep.runs import Expected
 from pyroem.mstep.scales import variance_floors
 from pyroem.mstep.update import THOROUGH, Effort, m_step
-from pyroem.reading import read
+from pyroem.reading import has_loops, on_other_sequences, read
 from pyroem.sampling import has_rows, leading_size, sample_rows, take
 from pyroem.streaming import Streamed, sampled
 from pyroem.structure import Fixed, Params, Structure
 from pyroem.symmetry import StateGroup, state_groups
-from pyroem.whole import whole_data
+from pyroem.whole import constant_along_rows, whole_data
 
 ENGINES = ("auto", "kernel", "trace")
 SAMPLE, LARGE = 2003, 8192  # rows that a large problem is read on; what is large
+SOME_STEPS = 1000  # of a long chain that it is read on
 PER_STATE = 50  # rows of the sample for each joint state
 
 
@@ -56,6 +61,7 @@ class Problem:
     engine: Engine
     smaller: Problem | None = None
     everywhere: float | None = None
+    chain_nodes: Mapping[str, Any] | None = None
 
     @property
     def sample(self) -> Problem:
@@ -104,6 +110,35 @@ class Problem:
     def log_joint(self, params: Params) -> tuple[Tensor, Tensor]:
         """Log-likelihood and log prior at ``params``, differentiable."""
         return self.engine.log_joint(params)
+
+    @property
+    def nodes(self) -> Mapping[str, Any]:
+        """The sites of the program on all that starts are sought on."""
+        nodes: Mapping[str, Any] = self.plan.reading.traces[0].trace.nodes
+        return self.chain_nodes or nodes
+
+    def marginals(self, params: Params) -> dict[str, Tensor]:
+        """The posterior probabilities of every assignment: its plates, then its states."""
+        if isinstance(self.engine, ChainEngine):
+            with isolated(self.structure.program.dtype, 0):
+                found = decode.marginals(self.engine.potentials(params))
+            return decode.by_site(self.structure, found)
+        return posterior(self.sample.structure, params).marginals
+
+    def chain_engine(self, structure: Structure, params: Params) -> ChainEngine:
+        """The engine on other sequences, of which ``structure`` is."""
+        engine = self.engine
+        assert isinstance(engine, ChainEngine)
+        if structure is self.structure:
+            return engine
+        if engine.rows:
+            with isolated(structure.program.dtype, 0), torch.no_grad():
+                nodes = structure.program.run(params).nodes
+                parts = [rows.parts for rows in engine.rows]
+                return engine_of_rows(structure, self.plan, parts, nodes, None)
+        nodes = structure.enumerate(params).trace.nodes
+        ends = {chain.name: lengths(structure, nodes, chain) for chain in structure.chains}
+        return replace(engine, structure=structure, row_weights=None, ends=ends)
 
     def parts(self, params: Params) -> tuple[float, float]:
         """Log-likelihood and log prior as numbers; NaN where the program cannot run."""
@@ -185,14 +220,22 @@ def pose(
                 " a function that makes the iterator anew: pyroem.blocks(function)."
             )
         data = as_data(args, dtype), as_data(dict(kwargs), dtype)
-        if engine != "trace" and leading_size(data) >= LARGE:
+        if engine != "trace" and leading_size(data) >= LARGE and not has_loops(model, *data, dtype):
             large = _pose_large(model, *data, dtype, fixed, floor, weights, SAMPLE, device)
             if large is not None:
                 return large
-        structure = read(model, *data, dtype=dtype)
+        if engine != "trace":
+            long = _pose_long(model, *data, dtype, fixed, floor, weights)
+            if long is not None:
+                return long
+        structure = read(model, *data, dtype=dtype, chains=engine != "trace")
         plan = make_plan(structure, fixed)
         structure = plan.structure
         row_weights = None if weights is None else check_weights(weights, structure)
+        if structure.chains:
+            if device is not None:
+                raise SettingError(f"device='{device}': chains are fitted on the processor.")
+            return problem_of(structure, plan, row_weights, floor, "")
         mixture = mixture_of(structure, plan)
         if engine == "kernel" and isinstance(mixture, str):
             raise SettingError(f"engine='kernel': the program has no kernel: {mixture}.")
@@ -218,14 +261,92 @@ def problem_of(
     """The problem of what was read; the kernel's rows are those of ``nodes``."""
     floors = variance_floors(structure, plan.blocks, floor)
     groups = tuple(state_groups(structure, plan))
-    if isinstance(mixture, str):
-        engine: Engine = TraceEngine(structure, plan, row_weights, mixture)
+    if structure.chains:
+        engine: Engine = chain_engine(structure, plan, row_weights)
+    elif isinstance(mixture, str):
+        engine = TraceEngine(structure, plan, row_weights, mixture)
     else:
         with isolated(structure.program.dtype, 0), torch.no_grad():
             check_kernel(Rows(mixture, nodes))
             rows = Rows(mixture, nodes, row_weights, device=device)
             engine = MixtureEngine(mixture, [rows])
     return Problem(structure, plan, row_weights, floors, floor, groups, engine)
+
+
+def _pose_long(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dtype: torch.dtype,
+    fixed: Fixed,
+    floor: float,
+    weights: Any,
+) -> Problem | None:
+    """The problem of long chains, read on some of their steps; None where all have to be read."""
+    try:
+        structure = read(model, args, kwargs, dtype=dtype, chains=True, some_steps=SOME_STEPS)
+        loops = structure.program.loops
+        if loops is None or len(loops.steps) >= max(loops.lengths) - 1:
+            return None
+        plan = make_plan(structure, fixed)
+        structure = plan.structure
+        parts = chain_parts(structure, plan)
+        if isinstance(parts, str):
+            return None
+        point, data = plan.reading.points[0], structure.program
+        whole = on_other_sequences(structure, point, data.args, data.kwargs)
+        with isolated(dtype, 0), torch.no_grad():
+            nodes = whole.program.run(point).nodes
+            if not constant_along_rows(nodes, plan):
+                return None
+            row_weights = None if weights is None else check_weights(weights, structure)
+            engine = engine_of_rows(whole, plan, parts, nodes, row_weights)
+            _check_chain_kernel(
+                engine_of_rows(structure, plan, parts, plan.reading.traces[0].trace.nodes, None)
+            )
+    except PyroemError:
+        return None  # what is wrong is found, and told, on all the data
+    floors = variance_floors(structure, plan.blocks, floor)
+    groups = tuple(state_groups(structure, plan))
+    return Problem(whole, plan, row_weights, floors, floor, groups, engine, chain_nodes=nodes)
+
+
+def chain_engine(structure: Structure, plan: Plan, row_weights: Tensor | None) -> ChainEngine:
+    """The engine of a program with chains."""
+    nodes = plan.reading.traces[0].trace.nodes
+    parts = chain_parts(structure, plan)
+    if isinstance(parts, str):
+        ends = {chain.name: lengths(structure, nodes, chain) for chain in structure.chains}
+        return ChainEngine(structure, plan, row_weights, ends, reason=parts)
+    with isolated(structure.program.dtype, 0), torch.no_grad():
+        engine = engine_of_rows(structure, plan, parts, nodes, row_weights)
+        _check_chain_kernel(engine)
+    return engine
+
+
+def _check_chain_kernel(engine: ChainEngine) -> None:
+    for rows in engine.rows:
+        for part in (rows.opening, rows.following):
+            if part is not None:
+                check_kernel(part)
+
+
+def engine_of_rows(
+    structure: Structure,
+    plan: Plan,
+    parts: Iterable[ChainParts],
+    nodes: Mapping[str, Any],
+    row_weights: Tensor | None,
+) -> ChainEngine:
+    """The engine of chains whose observations are matrix products, on the data of ``nodes``."""
+    rows, ends = [], {}
+    for own in parts:
+        (chain,) = (c for c in structure.chains if c.name == own.chain.name)
+        own, shape = replace(own, chain=chain), shape_of(nodes, chain)
+        ends[chain.name] = lengths(structure, nodes, chain)
+        weights = sequence_weights(structure, chain, shape, row_weights)
+        rows.append(ChainRows(own, nodes, shape, ends[chain.name], weights))
+    return ChainEngine(structure, plan, row_weights, ends, tuple(rows))
 
 
 def _pose_large(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,9 @@ from pyro.distributions import constraints
 from torch import Tensor
 
 from pyroem._pyro import (
+    Brief,
+    Loop,
+    LoopError,
     Program,
     Site,
     Values,
@@ -25,6 +28,7 @@ from pyroem._pyro import (
     stored_constraints,
     unwrap,
 )
+from pyroem.chains import check_steps, find_chains, loops_as_one
 from pyroem.checks import (
     check_assignments_plates,
     check_batch,
@@ -34,7 +38,10 @@ from pyroem.checks import (
     kind_of,
 )
 from pyroem.errors import ModelError, SettingError
-from pyroem.structure import Parameter, Structure, known_part
+from pyroem.structure import Chain, Parameter, Params, Structure, known_part
+
+FEWEST = 8  # steps
+MOST_UNROLLED = 5000  # steps of a loop by pyroem.markov that are read one after the other
 
 
 def read(
@@ -44,8 +51,14 @@ def read(
     *,
     dtype: torch.dtype = torch.float64,
     part: bool = False,
+    chains: bool = False,
+    some_steps: int | None = None,
 ) -> Structure:
     """Read a program with its data (with a ``part`` of it, of which all may be masked).
+
+    With ``chains``, loops over time are read as one step for all where they can be; where not,
+    ``no_chain`` of the result says why. With ``some_steps``, of loops by :func:`pyroem.markov` only
+    about so many steps (of all sequences together) are looked at.
 
     Raises:
     ------
@@ -63,10 +76,105 @@ def read(
     program = Program(
         model, as_data(args, dtype), as_data(dict(kwargs or {}), dtype), dtype, {}, {}
     )
-    traces = []
+    if not chains:
+        return _read(program, part)
+    reader = Brief(2)
+    with isolated(dtype, 0):
+        nodes = program.run_and_see({}, reader=reader)[0].nodes
+    if not reader.loops:
+        return _read(program, part)
+    try:
+        if some_steps is not None:
+            widest = max(n["fn"].batch_shape.numel() for n in nodes.values() if _is_sample(n))
+            some_steps = max(some_steps // widest, FEWEST)
+        return _read(program, part, reader.loops, _nesting(nodes), some_steps)
+    except ModelError as error:  # one of the program itself will come again
+        reason = str(error)
+    longest = max(loop.length for loop in reader.loops)
+    if any(loop.stated for loop in reader.loops) and longest > MOST_UNROLLED:
+        raise ModelError(
+            f"The loop over pyroem.markov({longest}) cannot be read as one step: {reason}."
+            f" (Step by step, loops of up to {MOST_UNROLLED} steps can be.)"
+        )
+    return replace(_read(program, part), no_chain=reason)
+
+
+def on_other_sequences(
+    structure: Structure, params: Params, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Structure:
+    """The structure of a program with chains on other sequences, of any length and number.
+
+    Raises:
+    ------
+    ModelError
+        Where the program has other sites on them.
+    DataError
+        Where an observation has NaN, infinite or unsupported values.
+    """
+    old, dtype = structure.program, structure.program.dtype
+    data = as_data(args, dtype), as_data(dict(kwargs), dtype)
+    program = replace(old, args=data[0], kwargs=data[1], fill={}, loops=None)
+    assert old.loops is not None
+    reader = Brief(2)
+    with isolated(dtype, 0):
+        program.run_and_see(params, reader=reader)
+        lengths = tuple(loop.length for loop in reader.loops)
+        if len(lengths) != len(old.loops.lengths) or min(lengths) < 1:
+            raise ModelError(
+                f"On the new data the program has loops of {list(lengths)} steps, in the fit of"
+                f" {list(old.loops.lengths)}."
+            )
+        loops = replace(old.loops, lengths=lengths, steps=torch.arange(1, max(3, *lengths)))
+        program = replace(program, loops=loops)
+        nodes = program.run(params).nodes
+        missing = [n for n in structure.factor_sites if n not in nodes]
+        if missing:
+            raise ModelError(f"On the new data the program lacks site '{missing[0]}'.")
+        fill = {}
+        for name in structure.observations:
+            filled = check_observation(nodes[name], partly=True)
+            if filled is not None:
+                fill[name] = filled
+    sizes = {f.name: int(f.size) for n in structure.factor_sites for f in plate_frames(nodes[n])}
+    by_plate = {loops.plate(i).name: n for i, n in enumerate(lengths)}
+    chains = tuple(replace(c, length=by_plate[c.steps]) for c in structure.chains)
+    unit_shape = tuple(sizes[p] for p in structure.unit)
+    program = replace(program, fill=fill)
+    return replace(structure, program=program, chains=chains, unit_shape=unit_shape)
+
+
+def has_loops(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype
+) -> bool:
+    """Whether a program has loops over time."""
+    reader = Brief(2)
+    with isolated(dtype, 0):
+        Program(model, args, kwargs, dtype, {}, {}).run_and_see({}, reader=reader)
+    return bool(reader.loops)
+
+
+def _is_sample(site: Site) -> bool:
+    return site["type"] == "sample" and not is_plate_site(site)
+
+
+def _nesting(nodes: Mapping[str, Site]) -> int:
+    """The number of dims that plates take."""
+    sites = (site for site in nodes.values() if site["type"] == "sample")
+    return max((-f.dim for s in sites for f in plate_frames(s) if f.vectorized), default=0)
+
+
+def _read(
+    program: Program,
+    part: bool,
+    loops: Sequence[Loop] = (),
+    own_dims: int = 0,
+    some: int | None = None,
+) -> Structure:
+    """The structure of a program, its ``loops`` (if any) read as one step for all."""
+    traces, dtype = [], program.dtype
     for seed in (0, 1):  # two draws tell a random start from one that the user wrote down
         with isolated(dtype, seed):
-            trace, cast = program.run_and_see({})
+            trace, cast = program.run_and_see({}, reader=Brief(2) if loops else None)
             traces.append((trace.nodes, stored_constraints(), cast))
     (nodes, stored, cast), (again, _, cast_again) = traces
     kinds = _classify(nodes)
@@ -74,6 +182,15 @@ def read(
         name: _parameter(name, nodes[name], stored, again.get(name), dtype)
         for name in kinds.parameters
     }
+    start = {name: parameter.value for name, parameter in parameters.items()}
+    if loops:
+        stated = all(loop.stated for loop in loops)
+        if kinds.imputed:
+            raise LoopError(f"'{kinds.imputed[0]}' is partly known")
+        program = replace(program, loops=loops_as_one(loops, own_dims, some if stated else None))
+        with isolated(dtype, 0):
+            nodes = program.run(start).nodes
+        kinds = _classify(nodes)
     modules = {
         name: site["args"][1]
         for name, site in nodes.items()
@@ -87,18 +204,8 @@ def read(
         if filled is not None:
             fill[name] = filled
     program = replace(program, modules=modules, fill=fill, cast=cast or cast_again)
-    nesting = max(
-        (
-            -f.dim
-            for site in nodes.values()
-            if site["type"] == "sample"
-            for f in plate_frames(site)
-            if f.vectorized
-        ),
-        default=0,
-    )
+    nesting = _nesting(nodes)
     factor_sites = {*kinds.observations, *kinds.assignments}
-    start = {name: parameter.value for name, parameter in parameters.items()}
     with isolated(dtype, 0):
         trace = program.run(start, nesting=nesting)
         for name in kinds.parameters:  # a prior that depends on an assignment is a factor
@@ -122,7 +229,18 @@ def read(
         )
         for name in factor_sites
     }
-    unit = _unit(plates, [n for n in states if n not in kinds.imputed], kinds.observations)
+    found: tuple[Chain, ...] = ()
+    if program.loops is not None:
+        found = find_chains(first, states, program.loops)
+        with isolated(dtype, 0):
+            point = {name: _elsewhere(parameter) for name, parameter in parameters.items()}
+            run = enumerated(program, point, nesting, frozenset(factor_sites))
+            alone = replace(program, loops=None, fill={})
+            check_steps(alone, loops, program.loops, run, point, parameters, nesting)
+    if found:
+        unit = tuple(p for p in found[0].plates if all(p in chain.plates for chain in found))
+    else:
+        unit = _unit(plates, [n for n in states if n not in kinds.imputed], kinds.observations)
     sizes = {
         f.name: int(f.size)
         for site in nodes.values()
@@ -140,7 +258,16 @@ def read(
         plates,
         unit,
         tuple(sizes[name] for name in unit),
+        found,
     )
+
+
+def _elsewhere(parameter: Parameter) -> Tensor:
+    """A value near the program's own, at which no two states are alike."""
+    generator = torch.Generator().manual_seed(4)
+    raw = parameter.unconstrain(parameter.value).clamp(-5, 5)
+    noise = torch.rand(raw.shape, generator=generator, dtype=torch.float64) - 0.5
+    return parameter.constrain(raw + noise.to(raw))
 
 
 @dataclass

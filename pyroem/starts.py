@@ -269,7 +269,7 @@ def _auto(
     complete = len(explicit) == len(program)
     groups: list[Callable[[], list[Start]]] = []
     telling, apart = _telling(problem, explicit)
-    if complete and not coinciding(structure, problem.plan, program):
+    if complete and not coinciding(problem.plan.structure, problem.plan, program):
         how = "the program's own values, which differ by state"
         groups.append(lambda: [Start(problem.clip(program), how)])
     elif not complete and apart:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pyroem.errors import ModelError, SettingError
-from pyroem.estep.engine import MixtureEngine
+from pyroem.estep.engine import MixtureEngine, log_prior
 from pyroem.estep.kernel import Rows, expect
 from pyroem.loop import State
 from pyroem.mstep.runs import Expected
@@ -136,7 +136,7 @@ class StepwiseEM(Solver):
                 new = add(old, new)
             running = _Running(new, count + 1)
             params = problem.m_step(params, Expected(total, new, {}), effort=QUICK)
-        value = float(total + engine.log_prior(params))
+        value = float(total + log_prior(engine.mixture.plan, params))
         return State(params, value, state.passes + 1, running)
 
 

@@ -175,13 +175,34 @@ def _held(structure: Structure, parameter: Parameter, mask: Tensor, given: Any) 
 
 
 @dataclass(frozen=True)
+class Chain:
+    """An assignment that depends on its value at the step before: a hidden Markov chain.
+
+    Its first step is the site ``first``; all others together are the site ``step``, in the plate
+    ``steps``. ``opening`` and ``following`` are the sites that hang on the chain in the first step
+    and in the others (the chain's own among them), and ``plates`` those of its sequences.
+    """
+
+    name: str
+    first: str
+    step: str
+    num_states: int
+    length: int
+    steps: str
+    plates: tuple[str, ...]
+    opening: tuple[str, ...]
+    following: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Structure:
     """What was read from a program with its data.
 
     ``assignments`` maps each assignment to its number of states, ``imputed`` the unknown part
     (``z_unobserved``) of those that are partly known; ``plates`` gives each factor
     site's vectorised plates; ``unit`` names the plates whose elements (rows) are independent
-    given the parameters, with sizes ``unit_shape``.
+    given the parameters, with sizes ``unit_shape``; ``chains`` are loops over time that were read
+    as one step, ``no_chain`` why others were not.
     """
 
     program: Program
@@ -194,12 +215,20 @@ class Structure:
     plates: dict[str, tuple[str, ...]]
     unit: tuple[str, ...]
     unit_shape: tuple[int, ...]
+    chains: tuple[Chain, ...] = ()
+    no_chain: str = ""
+
+    @property
+    def row_plates(self) -> frozenset[str]:
+        """The plates whose elements are rows of data: those of ``unit``, and the chains' steps."""
+        return frozenset(self.unit).union(chain.steps for chain in self.chains)
 
     @property
     def num_rows(self) -> int:
         """The number of independent rows; observation sites where no plate makes rows."""
         if not self.unit_shape:
-            return max(1, len(self.observations))
+            repeats = {n: c.length - 1 for c in self.chains for n in c.following}
+            return max(1, sum(repeats.get(n, 1) for n in self.observations))
         return int(torch.Size(self.unit_shape).numel())
 
     def values(self, params: Mapping[str, Any]) -> Params:

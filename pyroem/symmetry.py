@@ -114,6 +114,8 @@ def _equal_states(
     structure: Structure, trace: Enumerated, nats: float = 0.0
 ) -> dict[str, set[tuple[int, int]]]:
     result: dict[str, set[tuple[int, int]]] = {}
+    # A step's state is also that before the next step's, which stands for it.
+    next_step = {chain.step: chain for chain in structure.chains}
     summed = {**structure.assignments, **structure.imputed}
     every = {z: {(i, j) for j in range(k) for i in range(j)} for z, k in summed.items()}
     for z in reversed([z for z in trace.factors if z in summed]):  # children before their parents
@@ -126,6 +128,11 @@ def _equal_states(
                 continue  # a child that the data cannot inform tells nothing of its parent
             own = _pairs(factor.tensor, factor.dims.index(symbol), nats)
             pairs = own if pairs is None else pairs & own
+        if z in next_step:
+            factor, before = trace.factors[z], trace.states[next_step[z].first]
+            if before in factor.dims:
+                own = _pairs(factor.tensor, factor.dims.index(before), nats)
+                pairs = own if pairs is None else pairs & own
         result[z] = every[z] if pairs is None else pairs
     return result
 

@@ -54,7 +54,7 @@ def judge(problem: Problem, solver: Judged, start: Start, outcome: Outcome) -> O
     if failed:
         return outcome
     small = problem.sample
-    structure, plan = small.structure, small.plan
+    structure, plan = small.plan.structure, small.plan
     alike = coinciding(structure, plan, params, ALIKE)
     for z, pairs in coinciding(structure, plan, start.params).items():
         stuck = [pair for pair in pairs if pair in alike.get(z, [])]

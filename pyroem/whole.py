@@ -219,6 +219,17 @@ def _constant(x: Tensor, dims: frozenset[int]) -> bool:
     return all(bool((x == x.narrow(d, 0, 1)).all()) for d in moving)
 
 
+def constant_along_rows(nodes: Mapping[str, Any], plan: Plan) -> bool:
+    """Whether no argument of a distribution differs along the rows."""
+    for name, site in plan.reading.sites.items():
+        base = unwrap(nodes[name]["fn"])[0]
+        for key, value in site.family.arguments(_thin(base, site)).items():
+            x = pad(value, len(site.shape), site.arguments[key].event_dim)
+            if not _constant(x, site.unit_dims):
+                return False
+    return True
+
+
 def _close(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape:
         return False

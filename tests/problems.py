@@ -917,6 +917,161 @@ def chain_second_order(x: Tensor) -> None:
             pyro.sample(f"x_{t}", dist.Normal(loc[last], scale[last]), obs=x[:, t])
 
 
+def chain_mixture_emissions(x: Tensor) -> None:
+    """A chain whose states are mixtures themselves."""
+    initial = pyro.param("initial", x.new_ones(2) / 2, constraint=constraints.simplex)
+    transition = pyro.param(
+        "transition", x.new_tensor([[0.7, 0.3], [0.4, 0.6]]), constraint=constraints.simplex
+    )
+    mixing = pyro.param("mixing", x.new_ones(2, 2) / 2, constraint=constraints.simplex)
+    loc = pyro.param("loc", x.new_tensor([[-3.0, -1.0], [1.0, 3.0]]))
+    scale = pyro.param("scale", x.new_ones(2), constraint=constraints.positive)
+    with pyro.plate("sequences", len(x)):
+        z = None
+        for t in pyro.markov(range(x.shape[-1])):
+            z = pyro.sample(f"z_{t}", dist.Categorical(initial if z is None else transition[z]))
+            c = pyro.sample(f"c_{t}", dist.Categorical(mixing[z]))
+            pyro.sample(f"x_{t}", dist.Normal(loc[z, c], scale[z]), obs=x[:, t])
+
+
+def chain_covariates(x: Tensor, u: Tensor) -> None:
+    """Covariates move the transitions (through a softmax) and the locations."""
+    initial = pyro.param("initial", x.new_ones(2) / 2, constraint=constraints.simplex)
+    base = pyro.param("base", x.new_tensor([[1.0, 0.0], [0.0, 1.0]]))
+    effect = pyro.param("effect", x.new_zeros(2, 2))
+    loc = pyro.param("loc", x.new_tensor([-1.0, 1.0]))
+    slope = pyro.param("slope", x.new_zeros(2))
+    scale = pyro.param("scale", x.new_ones(2), constraint=constraints.positive)
+    with pyro.plate("sequences", len(x)):
+        z = None
+        for t in pyro.markov(range(x.shape[-1])):
+            if z is None:
+                z = pyro.sample(f"z_{t}", dist.Categorical(initial))
+            else:
+                logits = base[z] + effect[z] * u[:, t].unsqueeze(-1)
+                z = pyro.sample(f"z_{t}", dist.Categorical(logits=logits))
+            pyro.sample(f"x_{t}", dist.Normal(loc[z] + slope[z] * u[:, t], scale[z]), obs=x[:, t])
+
+
+def chain_autoregressive(x: Tensor) -> None:
+    """What is seen depends on the state and on what was seen before."""
+    transition = pyro.param(
+        "transition", x.new_tensor([[0.7, 0.3], [0.4, 0.6]]), constraint=constraints.simplex
+    )
+    loc = pyro.param("loc", x.new_tensor([-1.0, 1.0]))
+    memory = pyro.param("memory", x.new_zeros(2))
+    scale = pyro.param("scale", x.new_ones(2), constraint=constraints.positive)
+    with pyro.plate("sequences", len(x)):
+        z: Any = 0
+        for t in pyro.markov(range(x.shape[-1])):
+            z = pyro.sample(f"z_{t}", dist.Categorical(transition[z]))
+            mean = loc[z] if t == 0 else loc[z] + memory[z] * x[:, t - 1]
+            pyro.sample(f"x_{t}", dist.Normal(mean, scale[z]), obs=x[:, t])
+
+
+def chain_by_edge(x: Tensor) -> None:
+    """What is seen depends on the state and on the one before: on the transition itself."""
+    transition = pyro.param(
+        "transition", x.new_tensor([[0.7, 0.3], [0.4, 0.6]]), constraint=constraints.simplex
+    )
+    rate = pyro.param(
+        "rate", x.new_tensor([[1.0, 4.0], [8.0, 2.0]]), constraint=constraints.positive
+    )
+    with pyro.plate("sequences", len(x)):
+        last: Any = torch.zeros((), dtype=torch.long)
+        for t in pyro.markov(range(x.shape[-1])):
+            z = pyro.sample(f"z_{t}", dist.Categorical(transition[last]))
+            pyro.sample(f"x_{t}", dist.Poisson(rate[last, z]), obs=x[:, t])
+            last = z
+
+
+def chain_stationary(x: Tensor) -> None:
+    """The first state has the chain's stationary distribution."""
+    transition = pyro.param(
+        "transition", x.new_tensor([[0.8, 0.2], [0.3, 0.7]]), constraint=constraints.simplex
+    )
+    rate = pyro.param("rate", x.new_tensor([1.0, 4.0]), constraint=constraints.positive)
+    ones = x.new_ones(2, 2)
+    stationary = torch.linalg.solve((torch.eye(2).to(ones) - transition + ones).mT, ones[0])
+    z = None
+    for t in pyro.markov(range(len(x))):
+        z = pyro.sample(f"z_{t}", dist.Categorical(stationary if z is None else transition[z]))
+        pyro.sample(f"x_{t}", dist.Poisson(rate[z]), obs=x[t])
+
+
+def chain_several(x: Tensor, y: Tensor, seen: Tensor) -> None:
+    """Two observations a step, a vector and a category; some of the vectors are missing."""
+    initial = pyro.param("initial", x.new_ones(2) / 2, constraint=constraints.simplex)
+    transition = pyro.sample(
+        "transition", dist.Dirichlet(x.new_tensor([[4.0, 1], [1, 4]])).to_event(1)
+    )
+    loc = pyro.param("loc", x.new_tensor([[-1.0, 0.0], [1.0, 0.5]]))
+    cov = pyro.param(
+        "cov", torch.eye(2, dtype=x.dtype).repeat(2, 1, 1), constraint=constraints.positive_definite
+    )
+    probs = pyro.param("probs", x.new_ones(2, 3) / 3, constraint=constraints.simplex)
+    with pyro.plate("sequences", len(x)):
+        z = None
+        for t in pyro.markov(range(x.shape[1])):
+            z = pyro.sample(f"z_{t}", dist.Categorical(initial if z is None else transition[z]))
+            with poutine.mask(mask=seen[:, t]):
+                vector = dist.MultivariateNormal(loc[z], covariance_matrix=cov[z])
+                pyro.sample(f"x_{t}", vector, obs=x[:, t])
+            pyro.sample(f"y_{t}", dist.Categorical(probs[z]), obs=y[:, t])
+
+
+def chain_panel(x: Tensor) -> None:
+    """Several series that share one state, in a plate inside the steps."""
+    stay = pyro.param("stay", x.new_tensor(0.7), constraint=constraints.unit_interval)
+    rate = pyro.param("rate", x.new_tensor([1.0, 5.0]), constraint=constraints.positive)
+    ways = torch.stack([torch.stack([stay, 1 - stay]), torch.stack([1 - stay, stay])])
+    series = pyro.plate("series", x.shape[-1])
+    z = None
+    for t in pyro.markov(range(len(x))):
+        probs = x.new_tensor([0.5, 0.5]) if z is None else ways[z]
+        z = pyro.sample(f"z_{t}", dist.Categorical(probs))
+        with series:
+            pyro.sample(f"x_{t}", dist.Poisson(rate[z]), obs=x[t])
+
+
+def chains_side_by_side(x: Tensor, y: Tensor) -> None:
+    """Two chains that know nothing of one another, in one loop."""
+    ways = pyro.param(
+        "ways", x.new_tensor([[0.7, 0.3], [0.4, 0.6]]), constraint=constraints.simplex
+    )
+    turns = pyro.param(
+        "turns", x.new_tensor([[0.6, 0.4], [0.2, 0.8]]), constraint=constraints.simplex
+    )
+    loc = pyro.param("loc", x.new_tensor([-1.0, 1.0]))
+    rate = pyro.param("rate", x.new_tensor([1.0, 4.0]), constraint=constraints.positive)
+    with pyro.plate("sequences", len(x)):
+        z: Any = 0
+        w: Any = 0
+        for t in pyro.markov(range(x.shape[-1])):
+            z = pyro.sample(f"z_{t}", dist.Categorical(ways[z]))
+            w = pyro.sample(f"w_{t}", dist.Categorical(turns[w]))
+            pyro.sample(f"x_{t}", dist.Normal(loc[z], 1.0), obs=x[:, t])
+            pyro.sample(f"y_{t}", dist.Poisson(rate[w]), obs=y[:, t])
+
+
+def chains_coupled(x: Tensor) -> None:
+    """Two chains whose states add up (a factorial hidden Markov model)."""
+    ways = pyro.param(
+        "ways", x.new_tensor([[0.7, 0.3], [0.4, 0.6]]), constraint=constraints.simplex
+    )
+    turns = pyro.param(
+        "turns", x.new_tensor([[0.6, 0.4], [0.2, 0.8]]), constraint=constraints.simplex
+    )
+    loc = pyro.param("loc", x.new_tensor([[-2.0, 0.0], [1.0, 3.0]]))
+    with pyro.plate("sequences", len(x)):
+        z: Any = torch.zeros((), dtype=torch.long)
+        w: Any = torch.zeros((), dtype=torch.long)
+        for t in pyro.markov(range(x.shape[-1])):
+            z = pyro.sample(f"z_{t}", dist.Categorical(ways[z]))
+            w = pyro.sample(f"w_{t}", dist.Categorical(turns[w]))
+            pyro.sample(f"x_{t}", dist.Normal(loc[z, w], 1.0), obs=x[:, t])
+
+
 # ---------------------------------------------------------------------------------------
 # Masks
 
@@ -966,11 +1121,15 @@ def _simulate(
     drawn = []
     function = model.forward if isinstance(model, PyroModule) else model
     for name, value in zip(inspect.signature(function).parameters, data, strict=True):
-        steps = [nodes[f"{name}_{t}"]["value"] for t in range(12) if f"{name}_{t}" in nodes]
+        steps = [nodes[f"{name}_{t}"]["value"] for t in range(99) if f"{name}_{t}" in nodes]
         if name in nodes:
             drawn.append(nodes[name]["value"])
+        elif steps:  # they go where the place for them has its steps
+            dims = range(value.dim())
+            at = next(d for d in dims if value.select(d, 0).shape == steps[0].shape)
+            drawn.append(torch.stack(steps, at))
         else:
-            drawn.append(torch.stack(steps, -1) if steps else value)
+            drawn.append(value)
     return tuple(drawn)
 
 
@@ -1715,6 +1874,116 @@ PROBLEMS: list[Problem] = [
         (2, 4),
         {f"z_{t}": 2 for t in range(5)},
         (*_CHAIN_AXES, ("transition", 2)),
+        row_plate="sequences",
+    ),
+    _problem(
+        chain_mixture_emissions,
+        (_blank(60, 4),),
+        {
+            "initial": _WEIGHTS2,
+            "transition": [[0.8, 0.2], [0.3, 0.7]],
+            "mixing": [[0.6, 0.4], [0.3, 0.7]],
+            "loc": [[-3.0, -1.2], [1.0, 2.5]],
+            "scale": [0.6, 0.8],
+        },
+        (2, 3),
+        {f"{z}_{t}": 2 for t in range(4) for z in "zc"},
+        row_plate="sequences",
+    ),
+    _problem(
+        chain_covariates,
+        (_blank(80, 4), torch.linspace(-1, 1, 320).reshape(4, 80).T.double()),
+        {
+            "initial": _WEIGHTS2,
+            "base": [[0.9, -0.3], [-0.2, 0.8]],
+            "effect": [[0.5, -0.4], [0.3, 0.1]],
+            "loc": [-1.5, 1.5],
+            "slope": [0.5, -0.7],
+            "scale": [0.7, 0.9],
+        },
+        (2, 3),
+        {f"z_{t}": 2 for t in range(4)},
+        row_plate="sequences",
+    ),
+    _problem(
+        chain_autoregressive,
+        (_blank(80, 5),),
+        {
+            "transition": [[0.8, 0.2], [0.3, 0.7]],
+            "loc": [-1.5, 1.5],
+            "memory": [0.5, -0.3],
+            "scale": [0.7, 0.9],
+        },
+        (2, 4),
+        {f"z_{t}": 2 for t in range(5)},
+        row_plate="sequences",
+    ),
+    _problem(
+        chain_by_edge,
+        (_blank(80, 4),),
+        {"transition": [[0.7, 0.3], [0.2, 0.8]], "rate": [[1.0, 5.0], [9.0, 2.5]]},
+        (2, 4),
+        {f"z_{t}": 2 for t in range(4)},
+        row_plate="sequences",
+    ),
+    _problem(
+        chain_stationary,
+        (_blank(14),),
+        {"transition": [[0.7, 0.3], [0.2, 0.8]], "rate": [1.5, 6.0]},
+        6,
+        {f"z_{t}": 2 for t in range(14)},
+        (("transition", 0), ("transition", 1), ("rate", 0)),
+        row_plate=None,
+    ),
+    _problem(
+        chain_several,
+        (
+            _blank(60, 3, 2),
+            torch.zeros(60, 3, dtype=torch.long),
+            torch.arange(180).reshape(60, 3) % 4 != 1,
+        ),
+        {
+            "initial": _WEIGHTS2,
+            "transition": [[0.7, 0.3], [0.2, 0.8]],
+            "loc": _LOC22,
+            "cov": [[[0.8, 0.2], [0.2, 0.5]], [[1.0, -0.3], [-0.3, 0.7]]],
+            "probs": [[0.6, 0.3, 0.1], [0.1, 0.3, 0.6]],
+        },
+        (2, 3),
+        {f"z_{t}": 2 for t in range(3)},
+        row_plate="sequences",
+    ),
+    _problem(
+        chain_panel,
+        (_blank(10, 3),),
+        {"stay": 0.75, "rate": [1.5, 5.0]},
+        6,
+        {f"z_{t}": 2 for t in range(10)},
+        row_plate=None,
+    ),
+    _problem(
+        chains_side_by_side,
+        (_blank(60, 4), _blank(60, 4)),
+        {
+            "ways": [[0.7, 0.3], [0.2, 0.8]],
+            "turns": [[0.6, 0.4], [0.3, 0.7]],
+            "loc": [-1.5, 1.5],
+            "rate": [1.0, 6.0],
+        },
+        (2, 3),
+        {f"{z}_{t}": 2 for t in range(4) for z in "zw"},
+        row_plate="sequences",
+    ),
+    _problem(
+        chains_coupled,
+        (_blank(60, 3),),
+        {
+            "ways": [[0.7, 0.3], [0.2, 0.8]],
+            "turns": [[0.6, 0.4], [0.3, 0.7]],
+            "loc": [[-2.5, 0.3], [1.2, 3.5]],
+        },
+        (2, 3),
+        {f"{z}_{t}": 2 for t in range(3) for z in "zw"},
         row_plate="sequences",
     ),
     _problem(

@@ -37,6 +37,18 @@ def at(problem: Problem, *data: Tensor, **settings: Any) -> Fit:
     return solver.fit(problem.model, *(data or problem.data), init=problem.params)
 
 
+def by_assignment(problem: Problem, fit: Fit, found: Any) -> dict[str, Any]:
+    """What a fit says of its assignments, a chain's steps apart."""
+    chains = fit.problem.structure.chains
+    if isinstance(found, Tensor):
+        found = {chains[0].name if chains else next(iter(problem.states)): found}
+    for chain in chains:
+        whole = found.pop(chain.name)
+        steps = {f"{chain.name}_{t}": t for t in range(chain.length)}
+        found.update({z: whole.select(len(chain.plates), t) for z, t in steps.items()})
+    return dict(found)
+
+
 # ---------------------------------------------------------------------------------------
 # Posterior, prediction, rows
 
@@ -44,12 +56,14 @@ def at(problem: Problem, *data: Tensor, **settings: Any) -> Fit:
 @every_problem
 def test_posterior_and_responsibilities(problem: Problem) -> None:
     fit = at(problem)
-    found = fit.responsibilities()
-    if isinstance(found, Tensor):
-        found = {next(iter(problem.states)): found}
+    found = by_assignment(problem, fit, fit.responsibilities())
     assert set(found) == set(problem.states)
     marginals = pyroem.e_step(problem.model, fit.params, *problem.data).marginals
     posterior = fit.posterior()
+    if fit.problem.structure.chains:
+        probs = {z: d.probs for z, d in posterior.items()}
+        probs = by_assignment(problem, fit, probs)
+        posterior = {z: dist.Categorical(p) for z, p in probs.items()}
     for z, probabilities in found.items():
         assert probabilities.shape[-1] == problem.states[z]
         assert bool((probabilities >= 0).all())
@@ -113,9 +127,7 @@ def test_predict_finds_the_most_probable_joint_assignment(name: str) -> None:
         problem = replace(problem, tiny=data, states={f"z_{t}": 2 for t in range(6)})
     fit = at(problem, *data)
     best, _ = most_probable(problem, fit.params)
-    found = fit.predict()
-    if isinstance(found, Tensor):
-        found = {next(iter(best)): found}
+    found = by_assignment(problem, fit, fit.predict())
     assert found.keys() == best.keys()
     for z, states in best.items():
         assert torch.equal(found[z].reshape(-1), states.reshape(-1)), z
@@ -155,6 +167,8 @@ def test_methods_take_new_data() -> None:
 def test_sample(problem: Problem) -> None:
     fit = at(problem)
     names = {*problem.states, *fit.problem.structure.observations}
+    if fit.problem.structure.chains:
+        names = {name.split("_")[0] for name in names}
     if problem.row_plate is None:
         draw = fit.sample()
         assert set(draw) == names

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import cache, partial
 from itertools import pairwise
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor
 import pyroem
 from pyroem import EM, MAP
 from pyroem._pyro import isolated, unwrap
-from pyroem.estep.engine import MixtureEngine
+from pyroem.estep.engine import ChainEngine, MixtureEngine
 from pyroem.estep.kernel import Rows
 from pyroem.estep.mixture import mixture_of
 from pyroem.families import forms
@@ -116,7 +117,7 @@ def test_pairwise_weights_equal_enumeration_by_hand(problem: Problem) -> None:
     assert problem.tiny is not None
     oracle = brute_force(problem.model, problem.params, problem.tiny)
     found = pyroem.e_step(problem.model, problem.params, *problem.tiny)
-    plates = pose(problem.model, problem.tiny, {}).structure.plates
+    plates = pose(problem.model, problem.tiny, {}, engine="trace").structure.plates
     for z, marginal in oracle.marginals.items():
         axes, weights = found.axes[z], found.weights[z]
         parents = [a for a in axes if a in oracle.marginals and a != z]
@@ -225,9 +226,12 @@ def test_ascent(problem: Problem, seed: int | None) -> None:
 
 def q_function(problem: Problem) -> Callable[[Params], Tensor]:
     """``Q(. | problem.params)`` from posterior weights and the program's own log-densities."""
-    target = posed(problem)
+    target = posed_by_name(problem.name, "trace")  # every step of a chain by itself
     structure, sites = target.structure, target.plan.reading.sites
     weights = pyroem.e_step(problem.model, problem.params, *problem.data).weights
+    if problem.name == "chain_ragged":  # what comes after a sequence's end counts for nothing
+        lengths = problem.data[1]
+        weights = {z: w * (int(z.split("_")[1]) < lengths) for z, w in weights.items()}
     statistics = target.e_step(problem.params)[0].statistics
 
     def q(params: Params) -> Tensor:
@@ -335,10 +339,13 @@ def test_q_is_what_the_package_computes() -> None:
 # 5. The kernel equals the trace
 
 KERNEL = [p for p in PROBLEMS if isinstance(posed_by_name(p.name).engine, MixtureEngine)]
+CHAINS = [p for p in PROBLEMS if isinstance(posed_by_name(p.name).engine, ChainEngine)]
 
 
 def test_most_programs_have_a_kernel() -> None:
-    without = {p.name for p in PROBLEMS} - {p.name for p in KERNEL}
+    without = {p.name for p in PROBLEMS} - {p.name for p in (*KERNEL, *CHAINS)}
+    by_running = {p.name for p in CHAINS if posed(p).engine.reason}  # type: ignore[union-attr]
+    assert by_running == {"chain_covariates", "chain_autoregressive", "chain_by_edge"}
     assert without == {
         "failures_by_state",  # statistics that differ by state
         "student_t_mixture",  # statistics that depend on parameters
@@ -362,7 +369,6 @@ def test_most_programs_have_a_kernel() -> None:
         "base_rates",
         "nested_assignments",
         "global_assignment",
-        "chain",  # a single chain: no independent rows
     }
 
 
@@ -405,6 +411,63 @@ def test_kernel_equals_trace(problem: Problem, weighted: bool) -> None:
 
 def leaves(params: Params) -> Params:
     return {name: value.clone().requires_grad_() for name, value in params.items()}
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("problem", CHAINS, ids=repr)
+def test_chain_kernel_equals_trace(problem: Problem, weighted: bool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    shape = posed(problem).structure.unit_shape
+    weighted = weighted and bool(shape)
+    weights = torch.rand(shape, generator=generator, dtype=torch.float64) if weighted else None
+    trace = pose(problem.model, problem.data, {}, weights=weights, engine="trace")
+    chain = pose(problem.model, problem.data, {}, weights=weights)
+    exact: dict[str, Any] = {"rtol": 1e-11, "atol": 1e-10}
+    assert isinstance(chain.engine, ChainEngine)
+    by_running = replace(chain.engine, rows=())
+    with isolated(torch.float64, 0):
+        wanted, prior = trace.e_step(problem.params)
+        new = trace.m_step(problem.params, wanted)
+        for engine in (chain.engine, by_running):
+            found, own_prior = engine.expect(problem.params)
+            torch.testing.assert_close(found.log_likelihood, wanted.log_likelihood, **exact)
+            torch.testing.assert_close(own_prior, prior, **exact)
+            if problem.name != "chain_ragged":  # what comes after the end is left out
+                close(chain.m_step(problem.params, found), new, rtol=1e-9, atol=1e-9)
+            at = [leaves(problem.params) for _ in range(2)]
+            totals = (sum(engine.log_joint(at[0])), sum(trace.log_joint(at[1])))
+            for total in totals:
+                torch.as_tensor(total).backward()
+            for name in problem.params:
+                torch.testing.assert_close(at[0][name].grad, at[1][name].grad, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("problem", CHAINS, ids=repr)
+def test_both_spellings_of_a_loop_are_one(
+    problem: Problem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, steps = pyro.markov, len([z for z in problem.states if z.startswith("z_")])
+
+    def stated(loop: Any, **settings: Any) -> Any:
+        return pyroem.markov(len(loop)) if isinstance(loop, range) else plain(loop, **settings)
+
+    with isolated(torch.float64, 0):
+        ours = posed(problem)
+        wanted = ours.e_step(problem.params)[0]
+        monkeypatch.setattr(pyro, "markov", stated)
+        theirs = pose(problem.model, problem.data, {})
+        found = theirs.e_step(problem.params)[0]
+    assert theirs.structure.chains == ours.structure.chains
+    assert {chain.length for chain in theirs.structure.chains} == {steps}
+    torch.testing.assert_close(found.log_likelihood, wanted.log_likelihood)
+    assert found.statistics.keys() == wanted.statistics.keys()
+    for name, site in wanted.statistics.items():
+        own = found.statistics[name]
+        for a, b in zip((own.weight, *own.values), (site.weight, *site.values), strict=True):
+            torch.testing.assert_close(a, b)
+    # Under Pyro it is Pyro's own loop.
+    value = pyroem.log_joint(problem.model, problem.params, *problem.data)
+    torch.testing.assert_close(value, sum(ours.log_joint(problem.params)))
 
 
 # ---------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ It runs a program with given parameter values, enumerates its assignments with P
 """
 
 from pyroem._pyro.contract import Enumerated, Factor, align, enumerated, site_log_prob
+from pyroem._pyro.markov import Brief, Loop, LoopError, Whole, markov
 from pyroem._pyro.run import (
     Program,
     Site,
@@ -16,25 +17,35 @@ from pyroem._pyro.run import (
     is_plate_site,
     isolated,
     plate_frames,
+    step_of,
     stored_constraints,
     unwrap,
 )
+from pyroem._pyro.vectorised import Loops, arranged
 
 __all__ = [
+    "Brief",
     "Enumerated",
     "Factor",
+    "Loop",
+    "LoopError",
+    "Loops",
     "Program",
     "Site",
     "Values",
+    "Whole",
     "align",
+    "arranged",
     "as_data",
     "enumerated",
     "in_markov",
     "is_deterministic",
     "is_plate_site",
     "isolated",
+    "markov",
     "plate_frames",
     "site_log_prob",
+    "step_of",
     "stored_constraints",
     "unwrap",
 ]

@@ -15,6 +15,7 @@ from pyro.ops.rings import LogRing
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from pyroem._pyro.markov import Reader
 from pyroem._pyro.run import Program, Site, Values, plate_frames
 from pyroem.errors import ModelError
 
@@ -84,6 +85,11 @@ class Enumerated:
         """The assignment or plate behind each symbol."""
         lookup = {s: n for n, s in (*self.states.items(), *self.plates.items())}
         return tuple(lookup[d] for d in dims)
+
+    def sizes(self, name: str) -> dict[str, int]:
+        """The sizes of a site's vectorised plates."""
+        frames = plate_frames(self.trace.nodes[name])
+        return {f.name: int(f.size) for f in frames if f.vectorized}
 
     def tensors(self) -> dict[str, Tensor]:
         """The factors' own tensors."""
@@ -166,10 +172,17 @@ def site_log_prob(site: Site, *, masked: bool = True) -> Tensor:
 
 
 def enumerated(
-    program: Program, values: Values, nesting: int, factor_sites: frozenset[str]
+    program: Program,
+    values: Values,
+    nesting: int,
+    factor_sites: frozenset[str],
+    reader: Reader | None = None,
 ) -> Enumerated:
-    """Trace ``program`` with its assignments enumerated, and collect the factors."""
-    trace = program.run(values, nesting=nesting)
+    """Trace ``program`` with its assignments enumerated, and collect the factors.
+
+    ``reader`` goes through its loops, instead of the program's own way.
+    """
+    trace, _ = program.run_and_see(values, nesting=nesting, reader=reader)
     trace.symbolize_dims()
     factors: dict[str, Factor] = {}
     states: dict[str, str] = {}

@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from pyroem._pyro.markov import Brief, Reader, current_step, reading, vectorising
+from pyroem._pyro.vectorised import Loops, vectorised_trace
 from pyroem.errors import DataError, ModelError, PyroemError
 
 MANY = 1000  # rows
@@ -78,6 +80,12 @@ def in_markov(site: Site) -> bool:
     return site["infer"].get("_markov_depth", 0) > 0
 
 
+def step_of(site: Site) -> tuple[int, int] | None:
+    """The loop and the step that the site was met in, where a reader went through the loops."""
+    at: tuple[int, int] | None = site["infer"].get("_pyroem_step")
+    return at
+
+
 def is_deterministic(site: Site) -> bool:
     """Whether the site is a ``pyro.deterministic`` statement."""
     return bool(site["infer"].get("_deterministic"))
@@ -127,9 +135,9 @@ def _speaks_of_the_object(func: Any) -> bool:
 
 
 class _Enumerate(EnumMessenger):
-    """Pyro's enumeration, which need not look at values that were put in for parameters.
+    """Pyro's enumeration, without a look at the ``.data`` of parameters and observations.
 
-    It would ask for their ``.data``, which ``torch.func.vmap`` does not allow.
+    ``torch.func.vmap`` does not allow that.
     """
 
     def __init__(self, values: Values, first_available_dim: int) -> None:
@@ -137,11 +145,17 @@ class _Enumerate(EnumMessenger):
         self.values = values
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        name = msg["name"]
+        name, value = msg["name"], msg["value"]
         if name in self.values and not msg["is_observed"]:
             dims = msg["infer"].setdefault("_dim_to_id", {})
             dims.update(self._param_dims.get(name, {}))
             self._value_dims[name] = {}
+        elif msg["is_observed"] and isinstance(value, Tensor):
+            dims = msg["infer"].setdefault("_dim_to_id", {})
+            dims.update(self._param_dims.get(name, {}))
+            shape = value.shape[: value.dim() - msg["fn"].event_dim]
+            own = {d: i for d, i in dims.items() if len(shape) >= -d and shape[d] > 1}
+            self._value_dims[name] = own
         else:
             super()._pyro_post_sample(msg)
 
@@ -166,6 +180,7 @@ class _Substitute(Messenger):
         if is_plate_site(msg) or is_deterministic(msg):
             return
         name = msg["name"]
+        msg["infer"]["_pyroem_step"] = current_step()
         base = unwrap(msg["fn"])[0]
         if type(base) is pyro.distributions.Poisson:
             # At rate 0 (a zero-inflated count) torch's gradient of a count of 0 is NaN: take none.
@@ -174,7 +189,9 @@ class _Substitute(Messenger):
             if not self.observed and not isinstance(msg["fn"], pyro.distributions.Unit):
                 msg["is_observed"], msg["value"], msg["done"] = False, None, False
                 return
-            value = torch.as_tensor(self.fill.get(name, msg["value"]))
+            # What is filled in has all steps; they get it when they are together again.
+            fill = {} if vectorising() else self.fill
+            value = torch.as_tensor(fill.get(name, msg["value"]))
             if value.is_floating_point():
                 value = value.to(self.dtype)
             msg["value"] = value
@@ -187,6 +204,10 @@ class _Substitute(Messenger):
                 "parallel" if self.enumerate and msg["fn"].has_enumerate_support else None
             )
             msg["infer"]["expand"] = False
+            if vectorising() and not self.enumerate and msg["fn"].has_enumerate_support:
+                # There is no drawing for all steps at once.
+                msg["value"] = msg["fn"].enumerate_support(expand=False)[0]
+                msg["done"] = True
 
     def _pyro_post_sample(self, msg: Any) -> None:
         value = msg["value"]
@@ -244,7 +265,8 @@ class Program:
     """A Pyro callable with its data: what a fit runs again and again.
 
     ``modules`` maps the names of module parameters to the ``nn.Parameter`` objects that the
-    program's modules hold; ``fill`` holds observations whose masked NaN cells were replaced.
+    program's modules hold; ``fill`` holds observations whose masked NaN cells were replaced;
+    ``loops``, if there are any, are run for all their steps at once.
     """
 
     model: Callable[..., Any]
@@ -254,6 +276,7 @@ class Program:
     modules: Mapping[str, Tensor]
     fill: Mapping[str, Tensor]
     cast: bool = True
+    loops: Loops | None = None
 
     def run(
         self,
@@ -266,19 +289,49 @@ class Program:
         return self.run_and_see(values, nesting=nesting, observed=observed)[0]
 
     def run_and_see(
-        self, values: Values, *, nesting: int | None = None, observed: bool = True
+        self,
+        values: Values,
+        *,
+        nesting: int | None = None,
+        observed: bool = True,
+        reader: Reader | None = None,
+        paths: Mapping[str, Tensor] | None = None,
     ) -> tuple[Trace, bool]:
-        """As :meth:`run`; also whether any tensor of the program had to be cast or replaced."""
+        """As :meth:`run`; also whether any tensor of the program had to be cast or replaced.
+
+        ``reader`` goes through the loops, instead of the program's own way; ``paths`` are
+        assignments that differ by step.
+        """
+        if self.loops is not None and not values:
+            reader = reader or Brief(2)  # priors are drawn from: not for all steps at once
+        if self.loops is None or reader is not None:
+            return self._execute(values, nesting, observed, reader)
+        cast = []
+
+        def run(reader: Reader, given: Mapping[str, Tensor]) -> Trace:
+            trace, used = self._execute({**values, **given}, nesting, observed, reader)
+            cast.append(used)
+            return trace
+
+        trace = vectorised_trace(run, self.loops, paths)
+        for name, value in self.fill.items() if observed else ():
+            trace.nodes[name]["value"] = value
+        return trace, cast[0]
+
+    def _execute(
+        self, values: Values, nesting: int | None, observed: bool, reader: Reader | None
+    ) -> tuple[Trace, bool]:
         substitute = _Substitute(values, self.dtype, nesting is not None, self.fill, observed)
         replace = {id(p): values[n] for n, p in self.modules.items() if n in values}
         with contextlib.ExitStack() as stack:
+            stack.enter_context(reading(reader))
             tracer = stack.enter_context(poutine.trace())
             if nesting is not None:
                 first = -1 - nesting
                 stack.enter_context(_Enumerate(values, first))
             stack.enter_context(substitute)
             cast = _Cast(self.dtype, replace)
-            if self.cast or replace:
+            if self.cast or replace or reader is not None:
                 stack.enter_context(cast)
             try:
                 if not values:

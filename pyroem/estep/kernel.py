@@ -209,7 +209,7 @@ def normalise(joint: Tensor, weights: Tensor | None) -> Tensor:
 def expect(mixture: Mixture, chunks: Iterable[Rows], params: Params) -> Expected:
     """The E-step: the log-likelihood and the expected statistics of every site."""
     found: dict[bool, Coefficients] = {}
-    totals = [_Totals() for _ in mixture.groups]
+    totals = [Totals() for _ in mixture.groups]
     likelihoods: list[Tensor] = []
     measured = 0.0
     for rows in chunks:
@@ -235,7 +235,7 @@ def expect(mixture: Mixture, chunks: Iterable[Rows], params: Params) -> Expected
     return Expected(torch.where(value < IMPOSSIBLE, -torch.inf, value), statistics, {})
 
 
-def _add(mixture: Mixture, rows: Rows, found: Coefficients, totals: list[_Totals]) -> list[Tensor]:
+def _add(mixture: Mixture, rows: Rows, found: Coefficients, totals: list[Totals]) -> list[Tensor]:
     """Add the statistics of all blocks to ``totals``; returns the log-likelihood of each."""
     likelihoods, scratch = [], Scratch()
     for start, stop in rows.blocks():
@@ -260,7 +260,7 @@ def expect_given(mixture: Mixture, rows: Rows, posteriors: Sequence[Tensor]) -> 
     """
     statistics: dict[str, SiteStatistics] = {s.name: own for s, own, _ in mixture.outside}
     for g, (group, given) in enumerate(zip(mixture.groups, posteriors, strict=True)):
-        total, scratch = _Totals(), Scratch()
+        total, scratch = Totals(), Scratch()
         for start, stop in rows.blocks():
             phi = rows.phi(g, start, stop, scratch)
             own = given[:, start:stop] if given.shape[1] > 1 else given.expand(-1, stop - start)
@@ -278,7 +278,7 @@ def _sum(by_row: Tensor, weights: Tensor | None) -> Tensor:
     return (by_row if weights is None else by_row * weights).sum(-1, dtype=torch.float64)
 
 
-def _home(likelihood: Tensor, totals: list[_Totals]) -> Tensor:
+def _home(likelihood: Tensor, totals: list[Totals]) -> Tensor:
     """Bring all sums from the device in one copy: the only time that an E-step waits for it."""
     if likelihood.device.type == "cpu":
         return likelihood
@@ -296,7 +296,7 @@ def _home(likelihood: Tensor, totals: list[_Totals]) -> Tensor:
     return likelihood
 
 
-class _Totals:
+class Totals:
     """Sums over the blocks, for one group; in double precision, whatever that of the data."""
 
     def __init__(self) -> None:

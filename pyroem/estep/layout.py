@@ -93,7 +93,7 @@ class Layout:
         """
         if len(self.rows) != 1:
             return False
-        one = value.narrow(self.rows[0], 0, 1)
+        one = value.narrow(self.rows[0], 0, 1).to(self.site.dtype)
         try:
             found = self.site.family.statistics(base, one)
         except RuntimeError:  # its constants have the rows of all data

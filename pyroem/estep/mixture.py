@@ -11,7 +11,7 @@ in blocks of rows that stay in the processor's cache (:mod:`pyroem.estep.kernel`
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -109,7 +109,9 @@ class Group:
     @cached_property
     def zero(self) -> Tensor:
         """A number for each joint state, not yet filled in."""
-        dtype = self.assigned[0].site.dtype if self.assigned else torch.float64
+        sites = [a.site for a in self.assigned]
+        sites += [layout.site for _, layouts in self.observed for layout in layouts]
+        dtype = sites[0].dtype if sites else torch.float64
         return torch.zeros((1,) * len(self.sizes), dtype=dtype)
 
     def spread(self, x: Tensor, axes: tuple[int, ...]) -> Tensor:
@@ -162,35 +164,19 @@ def mixture_of(structure: Structure, plan: Plan) -> Mixture | str:
     parents: dict[str, dict[int, str]] = {}  # for each site the dims of the states it varies with
     outside = []
     for name in trace.factors:
-        site, plates = reading.sites.get(name), set(structure.plates[name])
-        if site is None:
-            return f"no exponential family is known for site '{name}'"
-        if site.family.latent is not None:
-            return f"the statistics of site '{name}' depend on its parameters"
-        if site.family.by_row:
-            return f"the statistics of site '{name}' are the rows themselves"
-        if site.along_rows:
-            return f"an argument of site '{name}' varies along the rows"
-        enumerated = _enumerated_dims(site, structure, plan)
-        varies = {d: z for d, z in enumerated.items() if d in site.keep or z == name}
+        plates = set(structure.plates[name])
+        reason = no_product(structure, plan, name)
+        if reason:
+            return reason
+        varies = varying_states(structure, plan, name)
         if name in structure.assignments:
             if plates != unit:
                 return f"assignment '{name}' does not stand in exactly the rows' plates"
-            if any(not _same_along(t, d) for t in site.sufficient for d in site.unit_dims):
-                return f"the states of assignment '{name}' differ by row"
         elif not plates & unit and not varies:
-            outside.append(_outside(site, plan))
+            outside.append(_outside(reading.sites[name], plan))
             continue
         elif not unit <= plates:
             return f"site '{name}' does not stand in all of the rows' plates"
-        elif trace.trace.nodes[name]["value"].dim() > structure.nesting + len(
-            trace.trace.nodes[name]["fn"].event_shape
-        ):
-            return f"the data of site '{name}' differ by state"
-        elif any(not _same_along(t, d) for t in site.data.few for d in enumerated):
-            return f"the statistics of site '{name}' differ by state"
-        elif site.mask is not None and any(not _same_along(site.mask, d) for d in enumerated):
-            return f"the mask of site '{name}' differs by state"
         parents[name] = varies
     groups = []
     linked = [set(v.values()) for v in parents.values()]
@@ -200,19 +186,41 @@ def mixture_of(structure: Structure, plan: Plan) -> Mixture | str:
         if torch.Size(sizes).numel() > MOST_STATES:
             return f"{', '.join(ordered)} have {torch.Size(sizes).numel()} joint states"
         own = {n: v for n, v in parents.items() if set(v.values()) & names or not (v or names)}
-        place = {n: {z: d for d, z in v.items()} for n, v in own.items()}
-        assigned = tuple(
-            _assigned(reading.sites[z], plan, tuple(place[z].get(other, -1) for other in ordered))
-            for z in ordered
-        )
-        observed: dict[tuple[int, ...], tuple[Layout, ...]] = {}
-        for n in own:
-            if n not in structure.assignments:
-                layout = _layout(reading.sites[n], structure, plan, own[n], ordered)
-                observed[layout.axes] = (*observed.get(layout.axes, ()), layout)
-        widest_first = sorted(observed.items(), key=lambda item: -len(item[0]))
-        groups.append(Group(ordered, sizes, assigned, tuple(widest_first)))
+        assigned = tuple(assigned_of(structure, plan, z, ordered) for z in ordered)
+        seen = [n for n in own if n not in structure.assignments]
+        groups.append(Group(ordered, sizes, assigned, observed_of(structure, plan, seen, ordered)))
     return Mixture(plan, tuple(groups), tuple(outside), float(trace.scale))
+
+
+def no_product(structure: Structure, plan: Plan, name: str) -> str:
+    """Why the log-probabilities of a site are no product of matrices; empty where they are."""
+    site, node = plan.reading.sites.get(name), plan.reading.traces[0].trace.nodes[name]
+    if site is None:
+        return f"no exponential family is known for site '{name}'"
+    if site.family.latent is not None:
+        return f"the statistics of site '{name}' depend on its parameters"
+    if site.family.by_row:
+        return f"the statistics of site '{name}' are the rows themselves"
+    if site.along_rows:
+        return f"an argument of site '{name}' varies along the rows"
+    enumerated = _enumerated_dims(site, structure, plan)
+    if name in structure.assignments:
+        if any(not _same_along(t, d) for t in site.sufficient for d in site.unit_dims):
+            return f"the states of assignment '{name}' differ by row"
+    elif node["value"].dim() > structure.nesting + len(node["fn"].event_shape):
+        return f"the data of site '{name}' differ by state"
+    elif any(not _same_along(t, d) for t in site.data.few for d in enumerated):
+        return f"the statistics of site '{name}' differ by state"
+    elif site.mask is not None and any(not _same_along(site.mask, d) for d in enumerated):
+        return f"the mask of site '{name}' differs by state"
+    return ""
+
+
+def varying_states(structure: Structure, plan: Plan, name: str) -> dict[int, str]:
+    """The batch dims of a site along which it differs by state, and the assignment's name."""
+    site = plan.reading.sites[name]
+    enumerated = _enumerated_dims(site, structure, plan)
+    return {d: z for d, z in enumerated.items() if d in site.keep or z == name}
 
 
 def _enumerated_dims(site: SiteModel, structure: Structure, plan: Plan) -> dict[int, str]:
@@ -236,7 +244,11 @@ def _density(site: SiteModel, arguments: Arguments) -> Tensor:
     return site.family.log_density(arguments, site.sufficient, one)
 
 
-def _assigned(site: SiteModel, plan: Plan, dims: tuple[int, ...]) -> Assigned:
+def assigned_of(structure: Structure, plan: Plan, name: str, names: tuple[str, ...]) -> Assigned:
+    """An assignment's own site, with the assignments ``names`` as the axes."""
+    site = plan.reading.sites[name]
+    place = {z: d for d, z in varying_states(structure, plan, name).items()}
+    dims = tuple(place.get(other, -1) for other in names)
     shape = tuple(1 if d in site.unit_dims else n for d, n in enumerate(site.shape))
     base, _, _ = unwrap(plan.reading.traces[0].trace.nodes[site.name]["fn"])
     value = plan.reading.traces[0].trace.nodes[site.name]["value"]
@@ -248,13 +260,19 @@ def _assigned(site: SiteModel, plan: Plan, dims: tuple[int, ...]) -> Assigned:
     return Assigned(site, dims, measure.detach())
 
 
-def _layout(
-    site: SiteModel,
-    structure: Structure,
-    plan: Plan,
-    varies: Mapping[int, str],
-    names: tuple[str, ...],
-) -> Layout:
+def observed_of(
+    structure: Structure, plan: Plan, sites: Iterable[str], names: tuple[str, ...]
+) -> tuple[tuple[tuple[int, ...], tuple[Layout, ...]], ...]:
+    """Observations by the axes that they vary with, those that vary with most first."""
+    observed: dict[tuple[int, ...], tuple[Layout, ...]] = {}
+    for name in sites:
+        layout = _layout(structure, plan, name, names)
+        observed[layout.axes] = (*observed.get(layout.axes, ()), layout)
+    return tuple(sorted(observed.items(), key=lambda item: -len(item[0])))
+
+
+def _layout(structure: Structure, plan: Plan, name: str, names: tuple[str, ...]) -> Layout:
+    site, varies = plan.reading.sites[name], varying_states(structure, plan, name)
     enumerated = _enumerated_dims(site, structure, plan)
     rest = [d for d in range(len(site.shape)) if d not in enumerated and d not in site.unit_dims]
     placed = sorted((names.index(z), d) for d, z in varies.items())

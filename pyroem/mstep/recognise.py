@@ -111,7 +111,8 @@ def _read_as(family: Family, probes: Probes, name: str) -> SiteModel | None:
                 selection = find(coordinate, cut, probes.points, sorted(hangs))
         arguments[key] = Argument(key, event_dim, varies, hangs, selection)
     frames = {f.name: f.dim for f in nodes[0]["cond_indep_stack"] if f.vectorized}
-    unit_dims = frozenset(rank - events + frames[p] for p in probes.structure.unit if p in frames)
+    row_plates = probes.structure.row_plates
+    unit_dims = frozenset(rank - events + dim for p, dim in frames.items() if p in row_plates)
     x = pad(value, rank, len(base.event_shape)).to(probes.structure.program.dtype)
     mask = None if mask is None else pad(mask.to(x.dtype), rank, 0)
     centre = None if family.location is None else torch.zeros((), dtype=x.dtype)  # see scaled

@@ -1,0 +1,273 @@
+"""Loops over time that are read as one step: which they are, and the chains in them.
+
+The sites of the first step and those of all others (in one plate of steps) make a chain where the
+assignment of a step depends on that of the step before, and on no other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+
+import torch
+
+from pyroem._pyro import (
+    Brief,
+    Enumerated,
+    Loop,
+    LoopError,
+    Loops,
+    Program,
+    Site,
+    Values,
+    Whole,
+    align,
+    enumerated,
+    is_deterministic,
+    is_plate_site,
+    plate_frames,
+    step_of,
+)
+from pyroem.structure import Chain, Parameter, quoted
+
+FIRST = 4  # steps of a loop that are compared with those that ran as one
+ALMOST = 1e-8
+
+
+def loops_as_one(loops: Sequence[Loop], nesting: int, some: int | None = None) -> Loops:
+    """The loops of a program, to be run for all steps at once, or for about ``some`` of each.
+
+    Raises:
+    ------
+    LoopError
+        Where one of them cannot.
+    """
+    for loop in loops:
+        if loop.reason:
+            raise LoopError(loop.reason)
+        if loop.length < 2:
+            raise LoopError("it has one step only")
+    lengths = tuple(loop.length for loop in loops)
+    steps = torch.arange(1, max(3, *lengths))
+    if some is not None and len(steps) > some:
+        generator = torch.Generator().manual_seed(0)
+        parts = [torch.arange(1, FIRST)]
+        for length in sorted(set(lengths)):
+            drawn = torch.randint(1, max(length, 2), (some,), generator=generator)
+            parts += [drawn, torch.tensor([max(length - 1, 1)])]
+        steps = torch.cat(parts).unique()
+    return Loops(lengths, -1 - nesting, steps)
+
+
+@dataclass(frozen=True)
+class _Sites:
+    """The factor sites of one loop, in its first step and in the others."""
+
+    opening: list[str]
+    following: list[str]
+
+
+def find_chains(run: Enumerated, assignments: Iterable[str], loops: Loops) -> tuple[Chain, ...]:
+    """The chains of a program whose loops ran for all steps at once.
+
+    Raises:
+    ------
+    LoopError
+        Where its sites are more than chains.
+    """
+    assignments = set(assignments)
+    symbols = {s: z for z, s in run.states.items()}
+    touched = {n: {symbols[d] for d in f.dims if d in symbols} for n, f in run.factors.items()}
+    nodes, chains = run.trace.nodes, list[Chain]()
+    sites = [_Sites([], []) for _ in loops.lengths]
+    for name in run.factors:
+        at = step_of(nodes[name])
+        if at is None:
+            if touched[name] or name in assignments:
+                what = f"depends on {quoted(sorted(touched[name] - {name}))}"
+                what = "is an assignment" if name in assignments else what
+                raise LoopError(f"site '{name}', outside the loop, {what}")
+            continue
+        own = sites[at[0]]
+        (own.following if at[1] else own.opening).append(name)
+    for number, own in enumerate(sites):
+        for name in (*own.opening, *own.following):
+            foreign = touched[name] - {*own.opening, *own.following}
+            if foreign:
+                raise LoopError(f"site '{name}' depends on {quoted(foreign)}, outside its loop")
+        chains += _chains_of(run, own, touched, loops, number)
+    return tuple(chains)
+
+
+def _chains_of(
+    run: Enumerated, sites: _Sites, touched: Mapping[str, set[str]], loops: Loops, number: int
+) -> list[Chain]:
+    first = [n for n in sites.opening if n in run.states]
+    later = [n for n in sites.following if n in run.states]
+    if len(first) != len(later):
+        raise LoopError(
+            f"its first step has assignments {quoted(first) or 'none'}, the next {quoted(later)}"
+        )
+    place = {name: i for names in (first, later) for i, name in enumerate(names)}
+    groups: list[set[int]] = [{i} for i in range(len(first))]
+    for name in (*sites.opening, *sites.following):
+        linked = {place[z] for z in touched[name]}
+        together = [g for g in groups if g & linked]
+        if len(together) > 1:
+            groups = [g for g in groups if not g & linked] + [set().union(*together)]
+    past = {place[z] for name in sites.following for z in touched[name] if z in first}
+    chains, nodes = [], run.trace.nodes
+    for group in groups:
+        roots = [i for i in sorted(group) if i in past]
+        if len(roots) > 1:
+            both = quoted(first[i] for i in roots)
+            raise LoopError(f"{both} are carried from step to step together")
+        # Without a dependence on the step before, the steps are independent: a simple chain.
+        root = roots[0] if roots else min(group)
+        a, b = first[root], later[root]
+        steps = loops.plate(number).name
+        plates = [tuple(p for p in _plates(nodes[z]) if p != steps) for z in (a, b)]
+        names = {first[i] for i in group} | {later[i] for i in group}
+        for z in names:
+            if tuple(p for p in _plates(nodes[z]) if p != steps) != plates[0]:
+                raise LoopError(f"'{z}' does not stand in the plates of '{a}'")
+        if touched[b] - {a, b} or touched[a] - {a}:
+            other = quoted(sorted((touched[b] | touched[a]) - {a, b}))
+            raise LoopError(f"'{b}' depends on {other} too")
+        values = [nodes[z]["value"].reshape(-1) for z in (a, b)]
+        if not torch.equal(*values):
+            raise LoopError(f"'{a}' and '{b}' have different states")
+        chains.append(
+            Chain(
+                stem(a, b),
+                a,
+                b,
+                _states(run, a),
+                loops.lengths[number],
+                steps,
+                plates[0],
+                tuple(n for n in sites.opening if touched[n] & names),
+                tuple(n for n in sites.following if touched[n] & names),
+            )
+        )
+    if not chains:
+        raise LoopError("it has no assignment")
+    return chains
+
+
+def _plates(site: Site) -> tuple[str, ...]:
+    frames = sorted(plate_frames(site), key=lambda f: f.dim or 0)
+    return tuple(f.name for f in frames if f.vectorized)
+
+
+def _states(run: Enumerated, z: str) -> int:
+    site = run.trace.nodes[z]
+    dim = site["infer"]["_enumerate_dim"] - site["fn"].event_dim
+    return int(site["value"].shape[dim])
+
+
+def stem(a: str, b: str) -> str:
+    """What the names of the two steps have in common: ``z`` of ``z_0`` and ``z_1``."""
+    common = "".join(
+        x for x, _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))
+    )
+    while common and not common[-1].isalnum():
+        common = common[:-1]
+    return common or a
+
+
+def check_steps(
+    program: Program,
+    loops: Sequence[Loop],
+    as_one: Loops,
+    run: Enumerated,
+    point: Values,
+    parameters: Mapping[str, Parameter],
+    nesting: int,
+) -> None:
+    """Compare the steps that ran as one with the program's own, one after the other.
+
+    Of a loop by ``pyroem.markov`` the first few are compared, of one by ``pyro.markov`` all.
+
+    Raises:
+    ------
+    LoopError
+        Naming what differs.
+    """
+    stated = all(loop.stated for loop in loops)
+    own = _one_by_one(program, point, parameters, nesting, FIRST if stated else None)
+    ours: dict[tuple[int, int], list[str]] = {}
+    for name in run.factors:
+        at = step_of(run.trace.nodes[name])
+        if at is not None:
+            ours.setdefault(at, []).append(name)
+    theirs: dict[tuple[int, int], list[str]] = {}
+    for name in own.factors:
+        at = step_of(own.trace.nodes[name])
+        if at is not None:
+            theirs.setdefault(at, []).append(name)
+    for (loop, step), names in theirs.items():
+        partners = ours.get((loop, min(step, 1)), [])
+        if len(partners) != len(names):
+            raise LoopError(f"step {step} has sites {quoted(names)}, not {quoted(partners)}")
+        for name, partner in zip(names, partners, strict=True):
+            if not _agree(own, name, run, partner, step, as_one.plate(loop).name):
+                carried = (
+                    "; what passes from step to step must be the state only (take an earlier"
+                    " observation from the data: x[t - 1])"
+                )
+                raise LoopError(
+                    f"site '{name}' is not what '{partner}', run for all steps at once, says of"
+                    f" step {step}{carried if step > 1 else ''}"
+                )
+
+
+def _one_by_one(
+    program: Program,
+    point: Values,
+    parameters: Mapping[str, Parameter],
+    nesting: int,
+    count: int | None,
+) -> Enumerated:
+    reader = Whole if count is None else lambda: Brief(count)
+    trace, _ = program.run_and_see(point, reader=reader())
+    names = set()
+    for name, site in trace.nodes.items():
+        if name in parameters or (site["type"] == "sample" and is_plate_site(site)):
+            continue
+        if site["type"] == "param":
+            raise LoopError(f"parameter '{name}' belongs to some steps only")
+        if site["type"] == "sample" and not is_deterministic(site) and step_of(site) is not None:
+            names.add(name)
+    return enumerated(program, point, nesting, frozenset(names), reader())
+
+
+def _agree(
+    own: Enumerated, name: str, run: Enumerated, partner: str, step: int, steps: str
+) -> bool:
+    """Whether two factors say the same; ``step`` is where the first one stands."""
+    a, b = own.factors[name], run.factors[partner]
+    keys_a = [_key(own, n, step) for n in own.names(a.dims)]
+    keys_b = [_key(run, n, min(step, 1)) for n in run.names(b.dims)]
+    tensor = b.tensor
+    if steps in keys_b:
+        tensor = tensor.select(keys_b.index(steps), step - 1)
+        keys_b.remove(steps)
+    keys = sorted({*keys_a, *keys_b})
+    letters = {key: chr(97 + i) for i, key in enumerate(keys)}
+    dims = "".join(letters[key] for key in keys)
+    left, right = torch.broadcast_tensors(
+        align(a.tensor, "".join(letters[key] for key in keys_a), dims),
+        align(tensor, "".join(letters[key] for key in keys_b), dims),
+    )
+    return torch.allclose(left, right, rtol=ALMOST, atol=ALMOST, equal_nan=True)
+
+
+def _key(run: Enumerated, name: str, step: int) -> str:
+    """What a dim of a factor stands for: a plate, or an assignment of some steps before."""
+    at = step_of(run.trace.nodes[name]) if name in run.states else None
+    if at is None:
+        return name
+    members = [n for n in run.states if step_of(run.trace.nodes[n]) == at]
+    return f"{step - at[1]} before, {members.index(name)}"

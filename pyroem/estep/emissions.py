@@ -1,0 +1,343 @@
+"""Chains whose observations are exponential families: their log-probabilities as matrix products.
+
+What a state says of the rows of a step is ``E Phi`` and the expected statistics are ``Phi R'``, as
+for a mixture (:mod:`~pyroem.estep.kernel`), with forward-backward between the two. The program does
+not run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyroem.estep.chain import Potentials
+from pyroem.estep.columns import Scratch
+from pyroem.estep.kernel import (
+    IMPOSSIBLE,
+    Coefficients,
+    Rows,
+    Totals,
+    coefficients,
+    log_joint_states,
+)
+from pyroem.estep.mixture import Assigned, Group, Mixture, assigned_of, no_product, observed_of
+from pyroem.estep.scan import Chains, smooth
+from pyroem.mstep.plan import Plan
+from pyroem.mstep.runs import Run
+from pyroem.statistics import SiteStatistics
+from pyroem.structure import Chain, Params, Structure
+
+
+@dataclass(frozen=True)
+class Part:
+    """The observations of a chain in its first step, or in all others.
+
+    The group's first assignment is the chain's, the rest those inside the steps.
+    """
+
+    mixture: Mixture
+    state: Assigned
+
+    @property
+    def group(self) -> Group:
+        """The chain's states and those inside a step."""
+        return self.mixture.groups[0]
+
+
+@dataclass(frozen=True)
+class ChainParts:
+    """A chain as the kernel knows it."""
+
+    chain: Chain
+    opening: Part
+    following: Part
+
+
+def chain_parts(structure: Structure, plan: Plan) -> tuple[ChainParts, ...] | str:
+    """The chains of a program for the kernel, or the reason why the program has to run."""
+    run, found = plan.reading.traces[0], []
+    chained = {n for c in structure.chains for n in (*c.opening, *c.following)}
+    for name in run.factors:
+        if name not in chained:
+            return f"site '{name}' hangs on no chain"
+        reason = no_product(structure, plan, name)
+        if reason:
+            return reason
+    for chain in structure.chains:
+        for name in chain.following:
+            if name != chain.step and chain.first in run.names(run.factors[name].dims):
+                return f"site '{name}' depends on the state before too"
+            if not {chain.steps, *chain.plates} <= set(structure.plates[name]):
+                return f"site '{name}' does not stand in the chain's plates"
+        first = _part(structure, plan, chain.first, chain.opening, (chain.first,))
+        later = _part(structure, plan, chain.step, chain.following, (chain.first, chain.step))
+        found.append(ChainParts(chain, first, later))
+    return tuple(found)
+
+
+def _part(
+    structure: Structure, plan: Plan, state: str, sites: tuple[str, ...], axes: tuple[str, ...]
+) -> Part:
+    inner = tuple(z for z in structure.assignments if z in sites and z != state)
+    names = (state, *inner)
+    sizes = tuple(structure.assignments[z] for z in names)
+    assigned = tuple(assigned_of(structure, plan, z, names) for z in inner)
+    seen = [name for name in sites if name in structure.observations]
+    group = Group(names, sizes, assigned, observed_of(structure, plan, seen, names))
+    return Part(Mixture(plan, (group,), (), 1.0), assigned_of(structure, plan, state, axes))
+
+
+class ChainRows:
+    """The data of one chain: the rows of the first step, and those of all others (step by step).
+
+    ``shape`` is that of the sequences' plates; ``ends`` are the steps after the first that each
+    sequence has, -1 where nothing of it is seen.
+    """
+
+    def __init__(
+        self,
+        parts: ChainParts,
+        nodes: Mapping[str, Any],
+        shape: tuple[int, ...],
+        ends: Tensor,
+        weights: Tensor,
+    ) -> None:
+        self.parts, self.shape, self.ends, self.weights = parts, shape, ends, weights
+        steps = parts.chain.length - 1
+        by_row = (weights.unsqueeze(0).expand(steps, -1) if steps else weights[:0]).reshape(-1)
+        self.opening = self._rows(parts.opening, nodes, weights)
+        self.following = self._rows(parts.following, nodes, by_row) if steps else None
+        self.scratch = Scratch()
+
+    def _rows(self, part: Part, nodes: Mapping[str, Any], weights: Tensor) -> Rows | None:
+        if not part.group.observed:
+            return None
+        return Rows(part.mixture, nodes, weights.to(part.group.zero.dtype))
+
+    @property
+    def work(self) -> float:
+        """About how many multiplications a pass takes."""
+        rows = self.parts.chain.length * len(self.ends)
+        features = 0 if self.following is None else self.following.features
+        return float(rows * self.parts.following.group.num_states * (features + 4))
+
+    @property
+    def measure(self) -> float:
+        """The weighted sum of the base measure."""
+        return sum(rows.measure for rows in (self.opening, self.following) if rows is not None)
+
+
+def seen(
+    part: Part, rows: Rows | None, found: Coefficients, count: int, scratch: Scratch
+) -> Tensor:
+    """The log-probabilities of what was seen in ``count`` rows, by state; what is inside summed."""
+    group, k = part.group, part.group.sizes[0]
+    out = scratch.empty((id(part), "seen"), (count, k), group.zero)
+    base = found.base[0]
+    if rows is None:
+        out[:] = base.reshape(k, -1).logsumexp(1)
+        return out
+    own = Scratch()
+    for start, stop in rows.blocks():
+        phi = rows.phi(0, start, stop, own)
+        if len(group.sizes) == 1:
+            into = out[start:stop].T
+            joint = log_joint_states(group, base, found.natural[0], phi, stop - start, into)
+            if joint.data_ptr() != into.data_ptr():
+                into.copy_(joint)
+        else:
+            joint = log_joint_states(group, base, found.natural[0], phi, stop - start)
+            out[start:stop] = joint.reshape(k, -1, stop - start).logsumexp(1).T
+    return out
+
+
+def add_statistics(
+    part: Part,
+    rows: Rows | None,
+    found: Coefficients | None,
+    states: Tensor,
+    dtype: torch.dtype,
+    given: Tensor | None = None,
+) -> dict[str, SiteStatistics]:
+    """The expected statistics of what was seen, from the posterior of the states (rows, states).
+
+    The assignments inside a step have their posterior at the parameters ``found``, or are ``given``
+    (their joint states by rows, or by one for all).
+    """
+    group, totals, own = part.group, Totals(), Scratch()
+    k, inner = group.sizes[0], len(group.sizes) > 1
+    if rows is None:
+        if inner:
+            joint = found.base[0].reshape(k, -1).softmax(1) if found else _even(group)
+            totals.add(group, (states.sum(0).unsqueeze(1) * joint).reshape(-1, 1).to(dtype), [])
+        return totals.statistics(group, dtype) if inner else {}
+    for start, stop in rows.blocks():
+        phi, posterior = rows.phi(0, start, stop, own), states[start:stop].T.to(dtype)
+        if inner:
+            if given is not None:
+                share = given[:, start:stop] if given.shape[1] > 1 else given
+            elif found is not None:
+                base, natural = found.base[0], found.natural[0]
+                joint = log_joint_states(group, base, natural, phi, stop - start)
+                joint = joint.reshape(k, -1, stop - start)
+                share = (joint - joint.logsumexp(1, keepdim=True)).exp_()
+            else:
+                share = _even(group)[0].unsqueeze(1)
+            posterior = (share * posterior.unsqueeze(1)).reshape(-1, stop - start)
+        totals.add(group, posterior, phi)
+    return totals.statistics(group, dtype)
+
+
+def _even(group: Group) -> Tensor:
+    k = group.sizes[0]
+    return group.zero.new_full((k, group.num_states // k), k / group.num_states)
+
+
+def expect_chain(rows: ChainRows, params: Params) -> tuple[Tensor, dict[str, SiteStatistics]]:
+    """The E-step of one chain: the weighted log-likelihood, and the statistics of its sites."""
+    parts, chain = rows.parts, rows.parts.chain
+    dtype = parts.opening.state.site.dtype
+    found = [
+        coefficients(part.mixture, params, own is None or own.cached is not None)
+        for part, own in ((parts.opening, rows.opening), (parts.following, rows.following))
+    ]
+    chains = log_chains(rows, params, found)
+    active = rows.weights * (rows.ends >= 0)
+    smoothed = smooth(chains, active)
+    value = (smoothed.log_likelihood * active).sum() + rows.measure
+    first, later = smoothed.states[0], smoothed.states[1:].reshape(-1, chain.num_states)
+    pairs = smoothed.pairs[0, 0]
+    return value, {
+        **_of_states(parts, first, pairs, dtype),
+        **add_statistics(parts.opening, rows.opening, found[0], first, dtype),
+        **add_statistics(parts.following, rows.following, found[1], later, dtype),
+    }
+
+
+def _of_states(
+    parts: ChainParts, first: Tensor, pairs: Tensor, dtype: torch.dtype
+) -> dict[str, SiteStatistics]:
+    """The statistics of the chain's own sites."""
+    later = parts.following.state
+    counts = pairs if later.dims[0] >= 0 else pairs.sum(0, keepdim=True)
+    return {
+        parts.chain.first: parts.opening.state.expected(first.sum(0).to(dtype)),
+        parts.chain.step: later.expected(counts.to(dtype)),
+    }
+
+
+def expect_chain_given(
+    rows: ChainRows, evidence: Mapping[str, Tensor], importance: Tensor
+) -> dict[str, SiteStatistics]:
+    """The statistics where the probabilities of each assignment are given by themselves.
+
+    ``evidence`` has the rows of an assignment (steps, sequences), then its states; where it has
+    nothing of one, its states are equally likely. ``importance`` weighs the sequences.
+    """
+    parts, chain, k = rows.parts, rows.parts.chain, rows.parts.chain.num_states
+    count, dtype = len(rows.ends), parts.opening.state.site.dtype
+    weights = rows.weights * importance * (rows.ends >= 0)
+    states = []
+    for z, steps in ((chain.first, 1), (chain.step, chain.length - 1)):
+        even = weights.new_full((steps, count, k), 1 / k)
+        own = evidence[z].to(weights).reshape(steps, count, k) if z in evidence else even
+        states.append(own)
+    both = torch.cat(states)
+    active = torch.arange(chain.length - 1).unsqueeze(-1) < rows.ends
+    after = both[1:] * (active * weights).unsqueeze(-1)
+    pairs = both[:-1].reshape(-1, k).T @ after.reshape(-1, k)
+    first = both[0] * weights.unsqueeze(-1)
+    given = [_given(part, evidence, dtype) for part in (parts.opening, parts.following)]
+    return {
+        **_of_states(parts, first, pairs, dtype),
+        **add_statistics(parts.opening, rows.opening, None, first, dtype, given[0]),
+        **add_statistics(
+            parts.following, rows.following, None, after.reshape(-1, k), dtype, given[1]
+        ),
+    }
+
+
+def _given(part: Part, evidence: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor | None:
+    """The evidence of the assignments inside a step: their joint states by rows."""
+    total: Tensor | None = None
+    for name, size in zip(part.group.names[1:], part.group.sizes[1:], strict=True):
+        own = torch.full((1, size), 1 / size, dtype=dtype)
+        if name in evidence:
+            own = evidence[name].to(dtype).reshape(-1, size)
+        total = own if total is None else (total.unsqueeze(2) * own.unsqueeze(1)).flatten(1)
+    return None if total is None else total.T
+
+
+def log_chains(rows: ChainRows, params: Params, found: list[Coefficients]) -> Chains:
+    """The log-probabilities of a chain at ``params``, without the base measure."""
+    parts, k, count = rows.parts, rows.parts.chain.num_states, len(rows.ends)
+    run = Run(parts.opening.mixture.plan, params)
+    first, pair = (
+        part.state.log_prior(run.centred(part.state.site)).reshape(-1, k)
+        for part in (parts.opening, parts.following)
+    )
+    steps = parts.chain.length - 1
+    start = first + seen(parts.opening, rows.opening, found[0], count, rows.scratch)
+    emit = seen(parts.following, rows.following, found[1], steps * count, rows.scratch)
+    return Chains(
+        start.double(),
+        pair.expand(k, k).double().reshape(1, 1, k, k),
+        emit.double().reshape(steps, count, k),
+        rows.ends.clamp(min=0),
+    )
+
+
+def potentials_of(rows: ChainRows, params: Params, best: bool = False) -> Potentials:
+    """A chain's log-probabilities at ``params``; ``best`` has what is inside a step at its best."""
+    parts, chain, k = rows.parts, rows.parts.chain, rows.parts.chain.num_states
+    run = Run(parts.opening.mixture.plan, params)
+    prior, pair = (
+        part.state.log_prior(run.centred(part.state.site)).reshape(-1, k)
+        for part in (parts.opening, parts.following)
+    )
+    shape, steps = rows.shape, chain.length - 1
+    rank = len(shape)
+    first = _joint(parts.opening, rows.opening, params, len(rows.ends), best)
+    later = _joint(parts.following, rows.following, params, steps * len(rows.ends), best)
+    opened = first[0].reshape((*shape, k))
+    inner = tuple(
+        None if x is None else x.reshape((count, *shape, 1, *x.shape[1:]))
+        for x, count in ((first[1], 1), (later[1], steps))
+    )
+    return Potentials(
+        chain,
+        shape,
+        prior.reshape((1,) * rank + (k,)) + opened,
+        opened,
+        pair.expand(k, k).reshape((1,) * (rank + 1) + (k, k)),
+        later[0].reshape((steps, *shape, k)),
+        (inner[0], inner[1]),
+        (parts.opening.group.names[1:], parts.following.group.names[1:]),
+    )
+
+
+def _joint(
+    part: Part, rows: Rows | None, params: Params, count: int, best: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The log-probabilities of rows by state, and by what is inside the step too."""
+    group = part.group
+    found = coefficients(part.mixture, params, rows is None or rows.cached is not None)
+    if rows is None:
+        joint = found.base[0].expand(-1, count)
+    else:
+        blocks = []
+        for start, stop in rows.blocks():
+            phi = rows.phi(0, start, stop, Scratch())
+            own = log_joint_states(group, found.base[0], found.natural[0], phi, stop - start)
+            blocks.append(own + rows.measure_of(start, stop))
+        joint = torch.cat(blocks, 1)
+    joint = torch.where(joint < IMPOSSIBLE, -torch.inf, joint)
+    x = joint.reshape((*group.sizes, -1)).movedim(-1, 0)
+    if len(group.sizes) == 1:
+        return x, None
+    dims = list(range(2, x.dim()))
+    return x.amax(dims) if best else x.logsumexp(dims), x

@@ -1,0 +1,387 @@
+"""What a fitted chain says of sequences: decoding, filtering, forecasts, residuals, draws.
+
+Results are laid out as the data is: the plates of the sequences, then the steps, then the rest. The
+sites of the first step and of the others go by what their names have in common (``z_0, z_1, ...``
+by ``z``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from pyro import distributions as dist
+from torch import Tensor
+
+from pyroem._pyro import Enumerated, arranged, plate_frames, unwrap
+from pyroem.chains import stem
+from pyroem.errors import ModelError, SettingError
+from pyroem.estep import decode
+from pyroem.estep.chain import Joined, Potentials, join
+from pyroem.estep.scan import Chains, draw_paths, filtering, predicted, recursions
+from pyroem.structure import Chain, Params, Structure
+
+MOST_COUNTS = 100_000  # values of a count whose probabilities are added up
+
+
+@dataclass(frozen=True)
+class Filtered:
+    """The states of sequences given what was seen up to each step.
+
+    Attributes:
+    ----------
+    probs
+        For each chain ``p(state at t | seen up to t)``: plates, steps, states.
+    log_prob
+        The log-likelihood of what was seen, given what was seen before it: plates.
+    """
+
+    probs: dict[str, Tensor]
+    log_prob: Tensor
+
+    @property
+    def last(self) -> dict[str, Tensor]:
+        """The probabilities after the last step: what :meth:`Fit.filter` goes on from."""
+        return {name: p[..., -1, :] for name, p in self.probs.items()}
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The steps after the end of sequences.
+
+    Attributes:
+    ----------
+    states
+        For each chain the probabilities of its states: plates, steps ahead, states.
+    observations
+        For each observation its predictive distribution (a mixture over the states), with the
+        plates and the steps ahead as its batch.
+    """
+
+    states: dict[str, Tensor]
+    observations: dict[str, Any]
+
+    @property
+    def mean(self) -> dict[str, Tensor]:
+        """The mean of every observation, where it has one."""
+        return {name: d.mean for name, d in self.observations.items()}
+
+
+def named(structure: Structure, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What :mod:`~pyroem.estep.decode` found, by the names of the chains, plates first."""
+    result = {}
+    for chain in structure.chains:
+        for first, later in decode.partners(structure, chain):
+            name = chain.name if later == chain.step else stem(first, later)
+            result[name] = found[later].movedim(0, len(chain.plates))
+    return result
+
+
+def observed(structure: Structure, chain: Chain) -> Iterator[tuple[str, str, str]]:
+    """The observations of a chain: their common name, in the first step and in the others."""
+    first = [n for n in chain.opening if n in structure.observations]
+    later = [n for n in chain.following if n in structure.observations]
+    if len(first) != len(later):
+        raise ModelError(
+            f"The first step of '{chain.name}' has {len(first)} observations, the others"
+            f" {len(later)}."
+        )
+    for a, b in zip(first, later, strict=True):
+        yield stem(a, b), a, b
+
+
+def filtered(
+    structure: Structure,
+    potentials: Iterable[Potentials],
+    before: Mapping[str, Tensor] | None,
+    overlap: bool,
+) -> Filtered:
+    """``p(state at t | seen up to t)``; ``before`` are those after the last step of the past.
+
+    With ``overlap`` the first step is the last one of the past.
+    """
+    probs, total = {}, torch.zeros((1,) * len(structure.unit), dtype=torch.float64)
+    for joined in potentials:
+        chain, chains = joined.chain, joined.chains()
+        if before is not None:
+            chains = _going_on(joined, chains, before, overlap)
+        ahead, own = filtering(chains)
+        found = ahead.softmax(-1).reshape((-1, *joined.shape, chain.num_states))
+        found = found[1:] if overlap else found
+        probs[chain.name] = found.movedim(0, len(chain.plates))
+        total = total + own.reshape(joined.shape)
+    return Filtered(probs, total)
+
+
+def _going_on(
+    joined: Potentials, chains: Chains, before: Mapping[str, Tensor], overlap: bool
+) -> Chains:
+    name, k = joined.chain.name, joined.chain.num_states
+    given = before.get(name)
+    if given is None or given.numel() != chains.start.numel():
+        size = "nothing" if given is None else f"a tensor of shape {tuple(given.shape)}"
+        raise SettingError(
+            f"filter: state has {size} for chain '{name}'; expected the probabilities of"
+            f" {joined.count} sequence(s) in {k} states."
+        )
+    last = given.reshape(-1, k).to(chains.start).log()
+    if overlap:
+        return replace(chains, start=last)
+    if joined.pair.shape[0] > 1:
+        raise SettingError(
+            f"filter: a step of '{name}' depends on the data of the step before, or on covariates"
+            " of its own. Begin the new data with the last step seen, and give overlap=True."
+        )
+    moved = torch.logsumexp(last.unsqueeze(-1) + chains.pair[0], -2)
+    seen = joined.opened.detach().double().expand((*joined.shape, k)).reshape(-1, k)
+    return replace(chains, start=moved + seen)
+
+
+def forecast(
+    structure: Structure, run: Enumerated, potentials: Iterable[Potentials], steps: int
+) -> Forecast:
+    """The states and observations ``1, 2, ..., steps`` after the end of every sequence."""
+    states: dict[str, Tensor] = {}
+    observations: dict[str, Any] = {}
+    for joined in potentials:
+        chain, chains = joined.chain, joined.chains()
+        if joined.pair.shape[0] > 1:
+            raise ModelError(
+                f"forecast: the transitions of '{chain.name}' differ by step. Append steps with"
+                " masked observations to the data, and ask for the posterior."
+            )
+        ahead, _ = filtering(chains)
+        matrix, last = chains.pair[0].exp(), ahead[-1].softmax(-1)
+        found = []
+        for _ in range(steps):
+            last = (last.unsqueeze(-2) @ matrix).squeeze(-2)
+            found.append(last)
+        probs = torch.stack(found, 1).reshape((*joined.shape, steps, chain.num_states))
+        states[chain.name] = probs
+        for name, _, later in observed(structure, chain):
+            observations[name] = _predictive(structure, run, joined, later, probs)
+    return Forecast(states, observations)
+
+
+def _predictive(
+    structure: Structure, run: Enumerated, joined: Potentials, name: str, probs: Tensor
+) -> Any:
+    """The mixture over the states of one observation's distribution, with ``probs``."""
+    chain, node = joined.chain, run.trace.nodes[name]
+    inner = [n for n in chain.following if n in run.states and n != chain.step]
+    if chain.first in run.names(run.factors[name].dims) or inner:
+        what = f"'{inner[0]}' too" if inner else "the state before"
+        raise ModelError(f"forecast: site '{name}' depends on {what}; use sample().")
+    frames = {f.name: f.dim for f in plate_frames(node) if f.vectorized}
+    others = [p for p in structure.plates[name] if p not in (*chain.plates, chain.steps)]
+    state = run.trace.nodes[chain.step]["infer"]["_enumerate_dim"]
+    wanted = [*(frames[p] for p in chain.plates), frames[chain.steps]]
+    wanted += [*(frames[p] for p in others), state]
+
+    def arrange(x: Tensor, right: int) -> Tensor:
+        width = max(-d for d in wanted) + right
+        x = x.reshape((1,) * (width - x.dim()) + tuple(x.shape))
+        at = [x.dim() - right + d for d in wanted]
+        steps = len(chain.plates)
+        if x.shape[at[steps]] > 1 and x.stride(at[steps]):
+            raise ModelError(
+                f"forecast: the distribution at site '{name}' differs by step (it has covariates,"
+                " or looks at earlier observations). Append steps with masked observations to the"
+                " data, and ask for the posterior."
+            )
+        x = x.narrow(at[steps], 0, 1)
+        rest = [i for i in range(x.dim() - right) if i not in at]
+        moved = x.permute([*rest, *at, *range(x.dim() - right, x.dim())])[(0,) * len(rest)]
+        shape = [*moved.shape]
+        shape[len(wanted) - 1] = chain.num_states
+        return moved.expand(shape)
+
+    component = arranged(node["fn"], arrange, name)
+    batch = (*probs.shape[:-1], *(run.sizes(name)[p] for p in others), chain.num_states)
+    component = component.expand(torch.Size(batch))
+    mixing = probs.reshape((*probs.shape[:-1], *(1,) * len(others), chain.num_states))
+    return dist.MixtureSameFamily(dist.Categorical(mixing.expand(batch)), component)
+
+
+KINDS = ("forecast", "ordinary")
+
+
+def residuals(structure: Structure, run: Enumerated, kind: str) -> dict[str, Tensor]:
+    """Pseudo-residuals: the normal quantile of ``P(X_t <= x_t)``, at every step.
+
+    ``"forecast"`` given what was seen before, ``"ordinary"`` given all that was seen at other
+    steps. Of counts and categories the middle of ``P(X_t < x_t)`` and ``P(X_t <= x_t)`` is taken.
+    """
+    if kind not in KINDS:
+        raise SettingError(f"residuals: kind must be one of {', '.join(KINDS)}, got {kind!r}.")
+    result = {}
+    seen = run.tensors()
+    unseen = {n: torch.zeros_like(t) if n in structure.observations else t for n, t in seen.items()}
+    for joined, prior in zip(join(structure, run, seen), join(structure, run, unseen), strict=True):
+        chain, chains = joined.chain, joined.chains()
+        if any(p.pairwise and p.name != chain.step for p in joined.following):
+            raise ModelError(
+                f"residuals: an observation of '{chain.name}' depends on the state before too."
+            )
+        ahead, behind, _, _ = recursions(chains)
+        first = prior.chains().start.log_softmax(-1)
+        before = torch.cat([first.unsqueeze(0), predicted(ahead, chains)])
+        weights = before if kind == "forecast" else before + behind
+        weights = weights.softmax(-1).reshape((-1, *joined.shape, chain.num_states))
+        for name, a, b in observed(structure, chain):
+            parts = [
+                _quantile(structure, run, joined, site, w, at == 0)
+                for at, (site, w) in enumerate(((a, weights[:1]), (b, weights[1:])))
+            ]
+            result[name] = torch.cat(parts).movedim(0, len(chain.plates))
+    return result
+
+
+def _quantile(
+    structure: Structure,
+    run: Enumerated,
+    joined: Joined,
+    name: str,
+    weights: Tensor,
+    first: bool,
+) -> Tensor:
+    """The residuals of one site: steps, plates of the chain, other plates, event."""
+    chain, node = joined.chain, run.trace.nodes[name]
+    base, _, _ = unwrap(node["fn"])
+    if any(n in run.states and n not in (chain.first, chain.step) for n in chain.following):
+        raise ModelError(f"residuals: chain '{chain.name}' has assignments inside its steps.")
+    if base.event_shape:
+        raise ModelError(
+            f"residuals: site '{name}' has vectors ({type(base).__name__}) as its events; there is"
+            " no probability of less."
+        )
+    low, high = _below(base, node["value"], name)
+    frames = {f.name: f.dim for f in plate_frames(node) if f.vectorized}
+    others = [p for p in structure.plates[name] if p not in (*chain.plates, chain.steps)]
+    declared = unwrap(node["fn"])[1]
+    state = run.trace.nodes[chain.first if first else chain.step]["infer"]["_enumerate_dim"]
+    wanted = [] if first else [frames[chain.steps]]
+    wanted += [*(frames[p] for p in chain.plates), state, *(frames[p] for p in others)]
+    middle = (low + high) / 2
+    width = max(-d for d in wanted) + declared
+    x = middle.reshape((1,) * (width - middle.dim()) + tuple(middle.shape))
+    at = [x.dim() - declared + d for d in wanted]
+    rest = [i for i in range(x.dim() - declared) if i not in at]
+    x = x.permute([*rest, *at, *range(x.dim() - declared, x.dim())])[(0,) * len(rest)]
+    x = x.unsqueeze(0) if first else x
+    w = weights.reshape((*weights.shape, *(1,) * (x.dim() - weights.dim())))
+    return torch.special.ndtri((w * x).sum(weights.dim() - 1))
+
+
+def _below(base: Any, x: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """``P(X < x)`` and ``P(X <= x)`` in every state."""
+    if not base.support.is_discrete:
+        try:
+            found = base.cdf(x)
+        except NotImplementedError as error:
+            raise ModelError(
+                f"residuals: {type(base).__name__} (site '{name}') has no distribution function."
+            ) from error
+        return found, found
+    top = int(x.max()) if x.numel() else 0
+    if top > MOST_COUNTS or int(x.min()) < 0:
+        raise ModelError(f"residuals: the counts at site '{name}' are too large ({top}).")
+    low = high = torch.zeros(())
+    for value in range(top + 1):
+        mass = base.log_prob(torch.full_like(x, value)).exp()
+        low = low + torch.where(value < x, mass, 0.0)
+        high = high + torch.where(value <= x, mass, 0.0)
+    return low, high
+
+
+def draw(structure: Structure, params: Params) -> dict[str, Tensor]:
+    """One draw of all sequences: the assignments and observations of chains, by their names.
+
+    What an observation depends on beside the states (covariates, earlier observations) is taken
+    from the data.
+    """
+    program, run = structure.program, structure.enumerate(params)
+    unseen = {
+        n: torch.zeros_like(t) if n in structure.observations else t
+        for n, t in run.tensors().items()
+    }
+    result, paths = {}, dict[str, Tensor]()
+    for joined in join(structure, run, unseen):
+        chain, chains = joined.chain, joined.chains()
+        path = draw_paths(chains.start, chains.pair, chain.length - 1)
+        path = path.reshape((-1, *joined.shape))
+        for z, own in ((chain.first, path[:-1]), (chain.step, path[1:])):
+            paths[z] = _as_values(structure, run, z, own)
+        result[chain.name] = path.movedim(0, len(chain.plates))
+        for first, later in decode.partners(structure, chain):
+            if later == chain.step:
+                continue
+            nodes = program.run_and_see(params, paths=_padded(structure, paths))[0].nodes
+            drawn = [_drawn(structure, run, nodes, chain, z) for z in (first, later)]
+            own = torch.cat([drawn[0].unsqueeze(0), drawn[1]])
+            for z, part in ((first, own[:-1]), (later, own[1:])):
+                paths[z] = _as_values(structure, run, z, _as_states(run, z, part))
+            result[stem(first, later)] = own.movedim(0, len(chain.plates))
+    nodes = program.run_and_see(params, paths=_padded(structure, paths))[0].nodes
+    for chain in structure.chains:
+        for name, first, later in observed(structure, chain):
+            a, b = (_drawn(structure, run, nodes, chain, z) for z in (first, later))
+            result[name] = torch.cat([a.unsqueeze(0), b]).movedim(0, len(chain.plates))
+    return result
+
+
+def _as_values(structure: Structure, run: Enumerated, z: str, path: Tensor) -> Tensor:
+    """States (steps, plates) as the program has them: the plates at their dims, then the event."""
+    node = run.trace.nodes[z]
+    events = len(node["fn"].event_shape)
+    support = node["value"]
+    support = support.reshape((-1, *support.shape[support.dim() - events :]))
+    frames = {f.name: f.dim for f in plate_frames(node) if f.vectorized}
+    plates = [p for p in structure.plates[z] if p in frames and not _is_steps(structure, p)]
+    shape = [1] * max([0, *(-frames[p] for p in plates)])
+    for p, size in zip(plates, path.shape[1:], strict=True):
+        shape[frames[p]] = size
+    return support[path].reshape((len(path), *shape, *support.shape[1:]))
+
+
+def _as_states(run: Enumerated, z: str, values: Tensor) -> Tensor:
+    """The numbers of the states that values of an assignment are."""
+    node = run.trace.nodes[z]
+    events = len(node["fn"].event_shape)
+    support = node["value"].reshape((-1, *node["value"].shape[node["value"].dim() - events :]))
+    same = values.unsqueeze(values.dim() - events) == support
+    return (same.flatten(-events).all(-1) if events else same).long().argmax(-1)
+
+
+def _is_steps(structure: Structure, plate: str) -> bool:
+    return any(plate == chain.steps for chain in structure.chains)
+
+
+def _padded(structure: Structure, paths: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Paths with as many steps as the program is run for: the last one repeated."""
+    loops = structure.program.loops
+    assert loops is not None
+    result = {}
+    for name, path in paths.items():
+        missing = len(loops.steps) - len(path)
+        last = path[-1:] if len(path) else path.new_zeros((1, *path.shape[1:]))
+        result[name] = torch.cat([path, last.expand(missing, *path.shape[1:])])
+    return result
+
+
+def _drawn(structure: Structure, run: Enumerated, nodes: Any, chain: Chain, name: str) -> Tensor:
+    """A draw of one site: its steps (if it has them), the chain's plates, others, the event."""
+    node = nodes[name]
+    fn, events = node["fn"], len(node["fn"].event_shape)
+    frames = {f.name: f for f in plate_frames(node) if f.vectorized}
+    shape = [1] * max([0, *(-f.dim for f in frames.values())])
+    for f in frames.values():
+        shape[f.dim] = f.size
+    x = fn.expand(torch.broadcast_shapes(fn.batch_shape, shape)).sample()
+    own = [p for p in (chain.steps, *chain.plates) if p in frames]
+    own += [p for p in structure.plates[name] if p not in own]
+    at = [x.dim() - events + frames[p].dim for p in own]
+    rest = [i for i in range(x.dim() - events) if i not in at]
+    return x.permute([*rest, *at, *range(x.dim() - events, x.dim())])[(0,) * len(rest)]
