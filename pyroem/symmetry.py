@@ -128,11 +128,10 @@ def _equal_states(
                 continue  # a child that the data cannot inform tells nothing of its parent
             own = _pairs(factor.tensor, factor.dims.index(symbol), nats)
             pairs = own if pairs is None else pairs & own
-        if z in next_step:
+        if z in next_step and pairs is not None and pairs != every[z]:
             factor, before = trace.factors[z], trace.states[next_step[z].first]
             if before in factor.dims:
-                own = _pairs(factor.tensor, factor.dims.index(before), nats)
-                pairs = own if pairs is None else pairs & own
+                pairs = pairs & _pairs(factor.tensor, factor.dims.index(before), nats)
         result[z] = every[z] if pairs is None else pairs
     return result
 

@@ -29,11 +29,13 @@ def maximise(
     max_iter: int,
     rows: float,
     few: int = 0,
+    newton: int | None = None,
     local: Callable[[Params], Objective] | None = None,
 ) -> Params:
     """Ascend ``objective`` over ``params`` in the unconstrained space.
 
-    By Newton's method where the coordinates are few and the objective curved, else by L-BFGS. Never
+    By (``newton`` steps of) Newton's method where the coordinates are ``few`` and the objective
+    curved, else by L-BFGS. Never
     returns a point with a lower objective than it was given. Coordinates are measured in ``steps``
     and the objective per row, which brings the gradient to order one. ``local`` gives for a point a
     cheaper objective with the same first and second derivatives there.
@@ -53,7 +55,8 @@ def maximise(
             return {n: v.detach() for n, v in from_search(parameters, values, steps).items()}
 
     if sum(v.numel() for v in raw.values()) <= few:
-        point, done = _newton(of, raw, max_iter, near if local is not None else None)
+        count = max_iter if newton is None else min(newton, max_iter)
+        point, done = _newton(of, raw, count, near if local is not None else None)
         params = back(point)
         if done:
             return params

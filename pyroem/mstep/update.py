@@ -34,7 +34,8 @@ class Effort:
     iterations
         Of each search on the statistics.
     newton
-        Of each regression: what is left to gain, the next M-step gains.
+        Of each regression and of Newton's method on the statistics: what is left to gain, the next
+        M-step gains.
     over_rows
         Of each search on the weighted rows.
     steps
@@ -97,7 +98,7 @@ def m_step(
             own = [b.name for b in numeric]
             over_rows = any(b.rung is Rung.ON_ROWS for b in numeric)
             iterations = effort.over_rows if over_rows else effort.iterations
-            found = _on_statistics(plan, own, current, expected, iterations)
+            found = _on_statistics(plan, own, current, expected, iterations, effort.newton)
             for block in numeric:
                 clip = block.uses[0].coordinate.clip if block.uses else None
                 if floor is not None and block.name in floor and clip is not None:
@@ -133,7 +134,12 @@ def _priors_touched(plan: Plan, names: list[str]) -> list[str]:
 
 
 def _on_statistics(
-    plan: Plan, names: list[str], params: Params, expected: Expected, iterations: int
+    plan: Plan,
+    names: list[str],
+    params: Params,
+    expected: Expected,
+    iterations: int,
+    newton: int,
 ) -> Params:
     """Maximise over ``names`` together, on the expected statistics alone."""
     sites = [plan.reading.sites[s] for s, d in plan.reading.dependence.items() if d & set(names)]
@@ -169,6 +175,7 @@ def _on_statistics(
         max_iter=iterations,
         rows=plan.structure.num_rows,
         few=FEW,
+        newton=newton,
         local=local if any(s.along_rows for s in sites) else None,
     )
 
