@@ -238,7 +238,8 @@ class Fit:
         if overlap and before is None:
             raise SettingError("filter: overlap=True needs the state of the past.")
         structure = self._chains("filter", args, kwargs)
-        return sequences.filtered(structure, self._potentials(structure), before, overlap)
+        alike = sequences.steps_alike(self.problem.plan)
+        return sequences.filtered(structure, self._potentials(structure), before, overlap, alike)
 
     def forecast(self, steps: int, *args: Any, **kwargs: Any) -> Forecast:
         """The states and the observations of the ``steps`` after the end of each sequence.

@@ -200,7 +200,8 @@ def _read(
     }
     fill, known = {}, {known_part(n) for n in nodes if n.endswith("_unobserved")}
     for name in kinds.observations:
-        filled = check_observation(nodes[name], partly=part or name in known)
+        partly = part or name in known or in_markov(nodes[name])  # a step may be missing
+        filled = check_observation(nodes[name], partly=partly)
         if filled is not None:
             fill[name] = filled
     program = replace(program, modules=modules, fill=fill, cast=cast or cast_again)

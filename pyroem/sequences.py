@@ -21,6 +21,7 @@ from pyroem.errors import ModelError, SettingError
 from pyroem.estep import decode
 from pyroem.estep.chain import Joined, Potentials, join
 from pyroem.estep.scan import Chains, draw_paths, filtering, predicted, recursions
+from pyroem.mstep.plan import Plan
 from pyroem.structure import Chain, Params, Structure
 
 MOST_COUNTS = 100_000  # values of a count whose probabilities are added up
@@ -97,15 +98,23 @@ def filtered(
     potentials: Iterable[Potentials],
     before: Mapping[str, Tensor] | None,
     overlap: bool,
+    alike: bool,
 ) -> Filtered:
     """``p(state at t | seen up to t)``; ``before`` are those after the last step of the past.
 
-    With ``overlap`` the first step is the last one of the past.
+    With ``overlap`` the first step is the last one of the past. ``alike`` says that the first step
+    of the new data is as any other, its transition too.
     """
     probs, total = {}, torch.zeros((1,) * len(structure.unit), dtype=torch.float64)
     for joined in potentials:
         chain, chains = joined.chain, joined.chains()
         if before is not None:
+            if not (overlap or alike):
+                raise SettingError(
+                    f"filter: a step of '{chain.name}' depends on the data of the step before, or"
+                    " the first step is not as the others are. Begin the new data with the last"
+                    " step seen, and give overlap=True."
+                )
             chains = _going_on(joined, chains, before, overlap)
         ahead, own = filtering(chains)
         found = ahead.softmax(-1).reshape((-1, *joined.shape, chain.num_states))
@@ -113,6 +122,25 @@ def filtered(
         probs[chain.name] = found.movedim(0, len(chain.plates))
         total = total + own.reshape(joined.shape)
     return Filtered(probs, total)
+
+
+def steps_alike(plan: Plan) -> bool:
+    """Whether the first step of a sequence is as any other, but for the state that it starts from.
+
+    Transitions must be the same at all steps, and observations depend on the same parameters.
+    """
+    run, depends, sites = plan.reading.traces[0], plan.reading.dependence, plan.reading.sites
+    for chain in plan.structure.chains:
+        steps = run.plates[chain.steps]
+        for name in chain.following:
+            dims = run.factors[name].dims
+            if run.states[chain.first] in dims and (steps in dims or name != chain.step):
+                return False
+        for _, a, b in observed(plan.structure, chain):
+            along = [sites[n].along_rows for n in (a, b) if n in sites]
+            if depends[a] != depends[b] or (len(along) == 2 and along[0] != along[1]):
+                return False
+    return True
 
 
 def _going_on(
@@ -129,11 +157,6 @@ def _going_on(
     last = given.reshape(-1, k).to(chains.start).log()
     if overlap:
         return replace(chains, start=last)
-    if joined.pair.shape[0] > 1:
-        raise SettingError(
-            f"filter: a step of '{name}' depends on the data of the step before, or on covariates"
-            " of its own. Begin the new data with the last step seen, and give overlap=True."
-        )
     moved = torch.logsumexp(last.unsqueeze(-1) + chains.pair[0], -2)
     seen = joined.opened.detach().double().expand((*joined.shape, k)).reshape(-1, k)
     return replace(chains, start=moved + seen)

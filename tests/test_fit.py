@@ -42,10 +42,9 @@ def by_assignment(problem: Problem, fit: Fit, found: Any) -> dict[str, Any]:
     chains = fit.problem.structure.chains
     if isinstance(found, Tensor):
         found = {chains[0].name if chains else next(iter(problem.states)): found}
-    for chain in chains:
-        whole = found.pop(chain.name)
-        steps = {f"{chain.name}_{t}": t for t in range(chain.length)}
-        found.update({z: whole.select(len(chain.plates), t) for z, t in steps.items()})
+    for name in [name for name in found if name not in problem.states]:
+        whole, rank, length = found.pop(name), len(chains[0].plates), chains[0].length
+        found.update({f"{name}_{t}": whole.select(rank, t) for t in range(length)})
     return dict(found)
 
 

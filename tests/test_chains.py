@@ -1,0 +1,708 @@
+"""Hidden Markov models: how they are read and fitted, and what a fit says of sequences."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import hmmlearn.hmm as hmm
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import scipy.stats
+import torch
+from problems import PROBLEMS
+from pyro import poutine
+from torch import Tensor
+from torch.distributions import constraints
+
+import pyroem
+from pyroem import EM, Fit, ModelError, SettingError
+from pyroem._pyro import isolated
+from pyroem.estep import scan
+from pyroem.estep.scan import Chains, Smoothed, smooth
+from pyroem.estep.trace import posterior
+from pyroem.problem import pose
+
+BY_NAME = {p.name: p for p in PROBLEMS}
+DOUBLE: Any = {"dtype": torch.float64}
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def at(name: str, *data: Tensor) -> Fit:
+    """A fit of a problem that has hardly moved from its own point."""
+    problem = BY_NAME[name]
+    return EM(max_iter=1).fit(problem.model, *(data or problem.data), init=problem.params)
+
+
+# ---------------------------------------------------------------------------------------
+# Forward-backward by itself
+
+
+def by_hand(chains: Chains, weights: Tensor) -> Smoothed:
+    """All paths, one after the other."""
+    steps, sequences, k = chains.emit.shape
+    value = torch.zeros(sequences, **DOUBLE)
+    states = torch.zeros(steps + 1, sequences, k, **DOUBLE)
+    pairs = torch.zeros(steps, sequences, k, k, **DOUBLE)
+    pair = chains.pair.expand(max(steps, 1), sequences, k, k)
+    for n in range(sequences):
+        end = int(chains.ends[n])
+        paths = list(itertools.product(range(k), repeat=end + 1))
+        logs = []
+        for path in paths:
+            total = chains.start[n, path[0]]
+            for t in range(end):
+                total = total + pair[t, n, path[t], path[t + 1]] + chains.emit[t, n, path[t + 1]]
+            logs.append(total)
+        value[n] = torch.stack(logs).logsumexp(0)
+        for share, path in zip(torch.stack(logs).softmax(0) * weights[n], paths, strict=True):
+            for t in range(end + 1):
+                states[t, n, path[t]] += share
+            for t in range(end):
+                pairs[t, n, path[t], path[t + 1]] += share
+    away = [d for d in (0, 1) if chains.pair.shape[d] == 1]
+    return Smoothed(value, states, pairs.sum(away, keepdim=True) if away else pairs)
+
+
+def some_chains(
+    steps: int, sequences: int, k: int, by: str = "", size: float = 1.0, zeros: bool = False
+) -> Chains:
+    generator = seeded(steps + 10 * sequences + 100 * k)
+    shape = (steps if "t" in by and steps else 1, sequences if "n" in by else 1, k, k)
+    matrix = torch.randn(shape, generator=generator, **DOUBLE).softmax(-1)
+    if zeros:
+        matrix = matrix * torch.ones(k, k, **DOUBLE).triu()
+        matrix = matrix / matrix.sum(-1, keepdim=True)
+    return Chains(
+        torch.randn(sequences, k, generator=generator, **DOUBLE).log_softmax(-1),
+        matrix.log(),
+        size * torch.randn(steps, sequences, k, generator=generator, **DOUBLE),
+        torch.randint(0, steps + 1, (sequences,), generator=generator),
+    )
+
+
+both_ways = pytest.mark.parametrize("fast", [True, False], ids=["compiled", "torch"])
+
+
+@both_ways
+@pytest.mark.parametrize("by", ["", "t", "n", "tn"])
+@pytest.mark.parametrize(("steps", "sequences", "k"), [(0, 2, 2), (1, 1, 3), (4, 3, 2), (3, 2, 3)])
+def test_forward_backward_equals_all_paths(
+    steps: int, sequences: int, k: int, by: str, fast: bool
+) -> None:
+    for size, zeros in ((1.0, False), (30.0, True), (1000.0, False), (1000.0, True)):
+        chains = some_chains(steps, sequences, k, by, size, zeros)
+        weights = torch.rand(sequences, generator=seeded(5), **DOUBLE)
+        found, wanted = smooth(chains, weights, fast), by_hand(chains, weights)
+        torch.testing.assert_close(found.log_likelihood, wanted.log_likelihood)
+        torch.testing.assert_close(found.states, wanted.states, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(found.pairs, wanted.pairs, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("size", [1.0, 300.0])
+def test_long_chains_in_torch_and_compiled(size: float, zeros: bool) -> None:
+    """The blocks of the one are not the steps of the other; ends differ by sequence."""
+    chains = some_chains(1500, 2, 3, size=size, zeros=zeros)
+    weights = torch.tensor([1.0, 0.5], **DOUBLE)
+    a, b = smooth(chains, weights), smooth(chains, weights, fast=False)
+    torch.testing.assert_close(a.log_likelihood, b.log_likelihood, rtol=1e-12, atol=1e-9)
+    torch.testing.assert_close(a.states, b.states, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(a.pairs, b.pairs, rtol=1e-8, atol=1e-8)
+
+
+def test_a_million_steps() -> None:
+    steps = 1_000_000
+    chains = some_chains(steps, 1, 2, size=30.0)
+    chains = Chains(chains.start, chains.pair, chains.emit, torch.tensor([steps]))
+    found = smooth(chains, torch.ones(1, **DOUBLE))
+    assert bool(found.log_likelihood.isfinite())
+    total = found.states.sum(-1)
+    torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-9)
+    assert float(found.pairs.sum()) == pytest.approx(steps, rel=1e-10)
+    # Cut in two at a step whose state is all but certain, the parts add up.
+    sure = int((found.states[400_000:600_000, 0].amax(-1) > 1 - 1e-14).nonzero()[0]) + 400_000
+    first = Chains(chains.start, chains.pair, chains.emit[:sure], torch.tensor([sure]))
+    start = torch.where(found.states[sure] > 0.5, 0.0, -torch.inf)
+    rest = Chains(start, chains.pair, chains.emit[sure:], torch.tensor([steps - sure]))
+    one = torch.ones(1, **DOUBLE)
+    parts = smooth(first, one).log_likelihood + smooth(rest, one).log_likelihood
+    torch.testing.assert_close(parts, found.log_likelihood, rtol=1e-12, atol=1e-6)
+
+
+@both_ways
+def test_viterbi_equals_all_paths(fast: bool) -> None:
+    for zeros, by in ((False, "t"), (True, ""), (False, "n")):
+        chains = some_chains(5, 3, 2, by, 2.0, zeros)
+        path = scan.best_path(chains, fast)
+        pair = chains.pair.expand(5, 3, 2, 2)
+        for n in range(3):
+            end = int(chains.ends[n])
+            best = max(
+                itertools.product(range(2), repeat=end + 1),
+                key=lambda p, n=n, end=end: float(  # type: ignore[misc]
+                    chains.start[n, p[0]]
+                    + sum(
+                        pair[t, n, p[t], p[t + 1]] + chains.emit[t, n, p[t + 1]] for t in range(end)
+                    )
+                ),
+            )
+            assert tuple(path[: end + 1, n].tolist()) == best
+
+
+# ---------------------------------------------------------------------------------------
+# Reading
+
+
+def gaussian_chain(x: Tensor, k: int = 2) -> None:
+    """A chain of Gaussians, by pyroem's own loop."""
+    even = x.new_ones(k, k) / k
+    initial = pyro.param("initial", even[0], constraint=constraints.simplex)
+    transition = pyro.param("transition", even, constraint=constraints.simplex)
+    loc = pyro.param("loc", torch.linspace(-1, 1, k).to(x))
+    scale = pyro.param("scale", x.new_ones(k), constraint=constraints.positive)
+    z = None
+    for t in pyroem.markov(len(x)):
+        z = pyro.sample(f"z_{t}", dist.Categorical(initial if z is None else transition[z]))
+        pyro.sample(f"x_{t}", dist.Normal(loc[z], scale[z]), obs=x[t])
+
+
+def test_reading_takes_as_many_runs_however_long_the_chain_is() -> None:
+    runs = []
+    for steps in (40, 4000, 400_000):
+        count = [0]
+
+        def counted(x: Tensor, count: list[int] = count) -> None:
+            gaussian_chain(x)
+            count[0] += 1
+
+        x = torch.randn(steps, generator=seeded(), **DOUBLE)
+        problem = pose(counted, (x,), {})
+        assert problem.structure.chains[0].length == steps
+        assert problem.structure.num_rows == steps
+        runs.append(count[0])
+    assert max(runs) <= runs[0] + 3
+
+
+def test_a_chain_read_on_some_steps_is_the_chain_of_all() -> None:
+    x = torch.randn(3000, generator=seeded(), **DOUBLE) + (torch.arange(3000) // 50 % 2) * 3
+    ours = EM(max_iter=5).fit(gaussian_chain, x, init={"loc": [-0.5, 2.0]})
+
+    def unmodified(x: Tensor) -> None:
+        steps, pyroem.markov = pyroem.markov, lambda count: pyro.markov(range(count))  # type: ignore[assignment]
+        try:
+            gaussian_chain(x)
+        finally:
+            pyroem.markov = steps
+
+    theirs = EM(max_iter=5).fit(unmodified, x, init={"loc": [-0.5, 2.0]})
+    loops = [fit.problem.plan.structure.program.loops for fit in (ours, theirs)]
+    assert all(own is not None for own in loops)
+    assert len(loops[0].steps) < 1500 < len(loops[1].steps)  # type: ignore[union-attr]
+    assert ours.log_likelihood == pytest.approx(theirs.log_likelihood, rel=1e-12)
+    for name, value in theirs.params.items():
+        torch.testing.assert_close(ours.params[name], value, rtol=1e-9, atol=1e-9)
+
+
+REFUSED: dict[str, tuple[str, Callable[..., None]]] = {}
+
+
+def refused(match: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A program whose loop cannot run as one, and what is said of it."""
+
+    def note(program: Callable[..., None]) -> Callable[..., None]:
+        REFUSED[program.__name__] = match, program
+        return program
+
+    return note
+
+
+def states(x: Tensor) -> tuple[Tensor, Tensor]:
+    transition = pyro.param(
+        "transition", x.new_tensor([[0.8, 0.2], [0.3, 0.7]]), constraint=constraints.simplex
+    )
+    return transition, pyro.param("loc", x.new_tensor([-1.0, 1.0]))
+
+
+@refused("take an earlier")
+def carries_an_observation(x: Tensor) -> None:
+    transition, loc = states(x)
+    z: Any = 0
+    before = x.new_zeros(())
+    for t in pyro.markov(range(len(x))):
+        z = pyro.sample(f"z_{t}", dist.Categorical(transition[z]))
+        pyro.sample(f"x_{t}", dist.Normal(loc[z] + 0.3 * before, 1.0), obs=x[t])
+        before = x[t]
+
+
+@refused("comes out differently at different steps")
+def asks_for_one_step(x: Tensor) -> None:
+    transition, loc = states(x)
+    z: Any = 0
+    for t in pyro.markov(range(len(x))):
+        z = pyro.sample(f"z_{t}", dist.Categorical(transition[z]))
+        spread = 2.0 if t == 3 else 1.0
+        pyro.sample(f"x_{t}", dist.Normal(loc[z], spread), obs=x[t])
+
+
+@refused("history=2")
+def looks_back_twice(x: Tensor) -> None:
+    transition, loc = states(x)
+    z: Any = 0
+    y: Any = 0
+    for t in pyro.markov(range(len(x)), history=2):
+        y, z = z, pyro.sample(f"z_{t}", dist.Categorical((transition[z] + transition[y]) / 2))
+        pyro.sample(f"x_{t}", dist.Normal(loc[z], 1.0), obs=x[t])
+
+
+@refused("carried from step to step together")
+def two_chains_in_one_observation(x: Tensor) -> None:
+    transition, loc = states(x)
+    z: Any = 0
+    w: Any = 0
+    for t in pyro.markov(range(len(x))):
+        z = pyro.sample(f"z_{t}", dist.Categorical(transition[z]))
+        w = pyro.sample(f"w_{t}", dist.Categorical(transition[w]))
+        pyro.sample(f"x_{t}", dist.Normal(loc[z] + 3 * loc[w], 1.0), obs=x[t])
+
+
+@refused("'regime', outside the loop")
+def has_a_state_for_all_steps(x: Tensor) -> None:
+    transition, loc = states(x)
+    regime = pyro.sample("regime", dist.Categorical(x.new_tensor([0.5, 0.5])))
+    z: Any = 0
+    for t in pyro.markov(range(len(x))):
+        z = pyro.sample(f"z_{t}", dist.Categorical(transition[z]))
+        pyro.sample(f"x_{t}", dist.Normal(loc[z] + 2.0 * regime, 1.0), obs=x[t])
+
+
+@refused("does not run over range")
+def runs_backwards(x: Tensor) -> None:
+    transition, loc = states(x)
+    z: Any = 0
+    for t in pyro.markov(reversed(range(len(x)))):
+        z = pyro.sample(f"z_{t}", dist.Categorical(transition[z]))
+        pyro.sample(f"x_{t}", dist.Normal(loc[z], 1.0), obs=x[t])
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_chain_is_unrolled_and_says_so(name: str) -> None:
+    match, program = REFUSED[name]
+    x = torch.randn(6, generator=seeded(), **DOUBLE)
+    fit, by_trace = EM(max_iter=3).fit(program, x), EM(max_iter=3, engine="trace").fit(program, x)
+    assert not fit.problem.structure.chains
+    assert match in fit.explain()
+    assert fit.log_likelihood == pytest.approx(by_trace.log_likelihood, rel=1e-12)
+    with pytest.raises(ModelError, match="not read as a chain"):
+        fit.filter()
+
+
+def test_a_long_loop_that_cannot_run_as_one_is_an_error() -> None:
+    def carries(x: Tensor) -> None:
+        transition, loc = states(x)
+        z: Any = 0
+        before = x.new_zeros(())
+        for t in pyroem.markov(len(x)):
+            z = pyro.sample(f"z_{t}", dist.Categorical(transition[z]))
+            pyro.sample(f"x_{t}", dist.Normal(loc[z] + 0.3 * before, 1.0), obs=x[t])
+            before = x[t]
+
+    with pytest.raises(ModelError, match=r"cannot be read as one step.*x\[t - 1\]"):
+        EM().fit(carries, torch.randn(9000, generator=seeded(), **DOUBLE))
+
+
+def test_steps_in_arithmetic() -> None:
+    """Seasons, trends and comparisons with tensors."""
+
+    def seasonal(x: Tensor, late: Tensor) -> None:
+        transition, loc = states(x)
+        season = pyro.param("season", x.new_tensor([0.0, 0.5, -0.5]))
+        z: Any = 0
+        for t in pyroem.markov(len(x)):
+            z = pyro.sample(f"z_{t}", dist.Categorical(transition[z]))
+            mean = loc[z] + season[t % 3] + 0.01 * t + (t + 1) / 100 - (2 - t) * 0.001
+            with poutine.mask(mask=t >= late):
+                pyro.sample(f"x_{t}", dist.Normal(mean, 1.0), obs=x[t])
+
+    data = torch.randn(12, generator=seeded(), **DOUBLE), torch.tensor(2)
+    fit = EM(max_iter=4).fit(seasonal, *data)
+    by_trace = EM(max_iter=4, engine="trace").fit(seasonal, *data)
+    assert fit.problem.structure.chains
+    assert fit.log_likelihood == pytest.approx(by_trace.log_likelihood, rel=1e-12)
+
+
+@pytest.mark.parametrize("length", [0, -1, 2.5, "ten"])
+def test_markov_refuses(length: Any) -> None:
+    with pytest.raises(SettingError, match="markov"):
+        pyroem.markov(length)
+
+
+# ---------------------------------------------------------------------------------------
+# What a fit says of sequences
+
+
+CHAINED = [
+    p for p in PROBLEMS if p.name.startswith("chain") and at(p.name).problem.structure.chains
+]
+chained = pytest.mark.parametrize("name", [p.name for p in CHAINED])
+
+
+@chained
+def test_decoding_equals_the_unrolled_program(name: str) -> None:
+    problem, fit = BY_NAME[name], at(name)
+    structure = pose(problem.model, problem.data, {}, engine="trace").structure
+    for method, backend in (("joint", "logmax"), ("marginal", "logsum")):
+        with isolated(torch.float64):
+            marginals = posterior(structure, fit.params, backend=backend).marginals
+        wanted = {z: p.argmax(-1) for z, p in marginals.items()}
+        found = fit.predict(method=method)
+        found = (
+            {fit.problem.structure.chains[0].name: found} if isinstance(found, Tensor) else found
+        )
+        for z, path in found.items():
+            steps = [wanted[f"{z}_{t}"] for t in range(path.shape[-1])]
+            assert torch.equal(path, torch.stack(steps, -1)), (method, z)
+
+
+@chained
+def test_other_sequences_and_rows(name: str) -> None:
+    problem, fit = BY_NAME[name], at(name)
+    if problem.row_plate is None:
+        assert float(fit.log_prob()) == pytest.approx(fit.log_likelihood)
+        shorter = tuple(x[:5] for x in problem.data)
+        value = float(pyroem.log_joint(problem.model, fit.params, *shorter))
+        prior = float(sum(pose(problem.model, shorter, {}).log_joint(fit.params)[1:]))
+        assert float(fit.log_prob(*shorter)) == pytest.approx(value - prior)
+        return
+    some = tuple(x[3:9] for x in problem.data)
+    rows = fit.log_prob()
+    torch.testing.assert_close(fit.log_prob(*some), rows[3:9])
+    assert float(rows.sum()) == pytest.approx(fit.log_likelihood)
+    whole, part = fit.predict(), fit.predict(*some)
+    if isinstance(whole, Tensor):
+        assert torch.equal(part, whole[3:9])
+    else:
+        assert all(torch.equal(part[z], whole[z][3:9]) for z in whole)
+
+
+def forward(params: dict[str, Tensor], x: Tensor) -> Tensor:
+    """Filtered probabilities of ``gaussian_chain`` by the textbook's recursion."""
+    seen = dist.Normal(params["loc"], params["scale"]).log_prob(x.unsqueeze(-1)).exp()
+    found = [params["initial"] * seen[0]]
+    for own in seen[1:]:
+        found.append((found[-1] / found[-1].sum()) @ params["transition"] * own)
+    return torch.stack([p / p.sum() for p in found])
+
+
+def sticky_data(steps: int) -> Tensor:
+    noise = torch.randn(steps, generator=seeded(1), **DOUBLE)
+    return noise + 2.5 * (torch.arange(steps) // 7 % 2)
+
+
+def test_filter_and_forecast() -> None:
+    x = sticky_data(60)
+    fit = EM().fit(gaussian_chain, x, init={"loc": [0.0, 2.5]})
+    wanted = forward(fit.params, x)
+    whole = fit.filter()
+    torch.testing.assert_close(whole.probs["z"], wanted)
+    assert float(whole.log_prob) == pytest.approx(fit.log_likelihood)
+    state, total = fit.filter(x[:40]), 0.0
+    total += float(state.log_prob)
+    for t in range(40, 60):  # one observation at a time
+        state = fit.filter(x[t : t + 1], state=state)
+        total += float(state.log_prob)
+        torch.testing.assert_close(state.last["z"], wanted[t])
+    assert total == pytest.approx(fit.log_likelihood)
+    again = fit.filter(x[39:], state=fit.filter(x[:40]), overlap=True)
+    torch.testing.assert_close(again.probs["z"], wanted[40:])
+    ahead = fit.forecast(4)
+    probs = wanted[-1]
+    for h in range(4):
+        probs = probs @ fit.params["transition"]
+        torch.testing.assert_close(ahead.states["z"][h], probs)
+        components = dist.Normal(fit.params["loc"], fit.params["scale"])
+        mixture = dist.MixtureSameFamily(dist.Categorical(probs), components)
+        value = ahead.observations["x"].log_prob(torch.full((4,), 0.7, **DOUBLE))[h]
+        torch.testing.assert_close(value, mixture.log_prob(torch.tensor(0.7, **DOUBLE)))
+        torch.testing.assert_close(ahead.mean["x"][h], mixture.mean)
+
+
+def test_filter_of_many_sequences_and_of_programs_that_look_back() -> None:
+    fit = at("chain_sequences")
+    (x,) = BY_NAME["chain_sequences"].data
+    whole = fit.filter()
+    parts = fit.filter(x[:, :2])
+    parts = fit.filter(x[:, 2:], state=parts)
+    torch.testing.assert_close(parts.probs["z"], whole.probs["z"][:, 2:])
+    assert fit.forecast(3).states["z"].shape == (60, 3, 3)
+    assert fit.forecast(3).mean["x"].shape == (60, 3)
+    fit = at("chain_autoregressive")
+    (x,) = BY_NAME["chain_autoregressive"].data
+    parts = fit.filter(x[:, :3])
+    rest = fit.filter(x[:, 2:], state=parts, overlap=True)
+    torch.testing.assert_close(rest.probs["z"], fit.filter().probs["z"][:, 3:])
+    with pytest.raises(ModelError, match="differs by step"):
+        fit.forecast(2)
+    fit, data = at("chain_covariates"), BY_NAME["chain_covariates"].data
+    with pytest.raises(SettingError, match="overlap=True"):
+        fit.filter(*(x[:, 2:] for x in data), state=fit.filter(*(x[:, :2] for x in data)))
+    with pytest.raises(SettingError, match="60 sequence"):
+        at("chain_sequences").filter(state={"z": torch.ones(3, 3)})
+
+
+def test_residuals() -> None:
+    x = sticky_data(8)
+    fit = EM(max_iter=3).fit(gaussian_chain, x, init={"loc": [0.0, 2.5]})
+    p = fit.params
+    below = dist.Normal(p["loc"], p["scale"]).cdf(x.unsqueeze(-1))
+    filtered = forward(p, x)
+    before = torch.cat([p["initial"].unsqueeze(0), filtered[:-1] @ p["transition"]])
+    wanted = scipy.stats.norm.ppf((before * below).sum(-1).numpy())
+    np.testing.assert_allclose(fit.residuals()["x"].numpy(), wanted, rtol=1e-8)
+    ordinary = []
+    for t in range(8):  # the weight of each state, where the step shows nothing
+        densities = []
+        for k in range(2):
+            values = []
+            for path in itertools.product(range(2), repeat=8):
+                if path[t] != k:
+                    continue
+                value = math.log(p["initial"][path[0]])
+                for s in range(8):
+                    value += math.log(p["transition"][path[s - 1], path[s]]) if s else 0.0
+                    own = dist.Normal(p["loc"][path[s]], p["scale"][path[s]])
+                    value += float(own.log_prob(x[s])) if s != t else 0.0
+                values.append(value)
+            densities.append(torch.tensor(values).logsumexp(0))
+        ordinary.append(float((torch.stack(densities).softmax(0) * below[t]).sum()))
+    found = fit.residuals(kind="ordinary")["x"].numpy()
+    np.testing.assert_allclose(found, scipy.stats.norm.ppf(ordinary), rtol=1e-5)
+    with pytest.raises(SettingError, match="kind"):
+        fit.residuals(kind="both")
+    with pytest.raises(ModelError, match="vectors"):
+        at("chain_several").residuals()
+
+
+def test_residuals_of_counts_are_normal_under_the_model() -> None:
+    fit = at("chain_sequences")
+    drawn = fit.sample(3000, seed=2)["x"]
+    values = fit.residuals(drawn)["x"]
+    assert values.shape == drawn.shape
+    assert abs(float(values.mean())) < 0.03
+    assert float(values.std()) == pytest.approx(1.0, abs=0.03)
+
+
+@chained
+def test_samples_follow_the_chain(name: str) -> None:
+    fit, problem = at(name), BY_NAME[name]
+    if problem.row_plate is None or "edge" in name or "auto" in name:
+        return  # few rows, or what is drawn hangs on the data
+    count = 4000
+    drawn = fit.sample(count, seed=1)
+    first = fit.problem.structure.chains[0]
+    z = drawn[first.name]
+    assert z.shape == (count, first.length)
+    again = fit.sample(count, seed=1)
+    assert all(torch.equal(drawn[n], again[n]) for n in drawn)
+    if fit.problem.engine.description.find("products") < 0:
+        return  # transitions differ by sequence
+    matrix = fit.problem.engine.potentials(fit.params)[0].pair.reshape(-1, *[first.num_states] * 2)  # type: ignore[attr-defined]
+    counts = torch.zeros(first.num_states, first.num_states)
+    counts.index_put_(
+        (z[:, :-1].reshape(-1), z[:, 1:].reshape(-1)), torch.ones(()), accumulate=True
+    )
+    torch.testing.assert_close(
+        counts.double() / counts.sum(1, keepdim=True), matrix[0].exp(), rtol=0, atol=0.05
+    )
+
+
+def test_samples_have_the_fitted_emissions() -> None:
+    fit = at("chain_mixture_emissions")
+    drawn = fit.sample(5000, seed=1)
+    assert {name: x.shape[0] for name, x in drawn.items()} == {"z": 5000, "c": 5000, "x": 5000}
+    for z, c in itertools.product(range(2), repeat=2):
+        own = drawn["x"][(drawn["z"] == z) & (drawn["c"] == c)]
+        assert float(own.mean()) == pytest.approx(float(fit.params["loc"][z, c]), abs=0.06)
+        share = float(((drawn["z"] == z) & (drawn["c"] == c)).sum() / (drawn["z"] == z).sum())
+        assert share == pytest.approx(float(fit.params["mixing"][z, c]), abs=0.04)
+
+
+# ---------------------------------------------------------------------------------------
+# hmmlearn
+
+
+LENGTHS = [40, 1, 25, 60]
+INITIAL = torch.tensor([0.5, 0.3, 0.2], **DOUBLE)
+TRANSITION = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.7, 0.1], [0.3, 0.2, 0.5]], **DOUBLE)
+
+
+def ragged(make: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, np.ndarray]:
+    """Padded sequences and their lengths; and the rows as hmmlearn takes them."""
+    state = (torch.arange(sum(LENGTHS)) // 4) % 3
+    rows = make(state)
+    parts = rows.split(LENGTHS)
+    padded = torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True)
+    return padded, torch.tensor(LENGTHS), rows.numpy()
+
+
+def chain_of(
+    emission: Callable[[Any], Any],
+) -> Callable[[Tensor, Tensor], None]:
+    """Ragged sequences with an emission of three states."""
+
+    def program(x: Tensor, lengths: Tensor) -> None:
+        initial = pyro.param("initial", INITIAL, constraint=constraints.simplex)
+        transition = pyro.param("transition", TRANSITION, constraint=constraints.simplex)
+        of_state = emission(x)
+        with pyro.plate("sequences", len(x)):
+            z = None
+            for t in pyroem.markov(x.shape[1]):
+                with poutine.mask(mask=t < lengths):
+                    probs = initial if z is None else transition[z]
+                    z = pyro.sample(f"z_{t}", dist.Categorical(probs))
+                    of_state(z, t)
+
+    return program
+
+
+def same_as_hmmlearn(theirs: Any, fit: Fit, rows: np.ndarray, pairs: dict[str, np.ndarray]) -> None:
+    pairs = {"initial": theirs.startprob_, "transition": theirs.transmat_, **pairs}
+    for name, value in pairs.items():
+        torch.testing.assert_close(
+            fit.params[name], torch.as_tensor(value), rtol=1e-8, atol=1e-8, msg=name
+        )
+    assert fit.log_likelihood == pytest.approx(theirs.score(rows, LENGTHS), rel=1e-10)
+    probs = theirs.predict_proba(rows, LENGTHS)
+    ours = fit.responsibilities()
+    seen = torch.cat([own[:n] for own, n in zip(ours, LENGTHS, strict=True)])
+    np.testing.assert_allclose(seen.numpy(), probs, atol=1e-7)
+
+
+iterations = pytest.mark.parametrize("count", [1, 10, 100])
+
+
+def fitted(theirs: Any, rows: np.ndarray) -> Any:
+    theirs.startprob_, theirs.transmat_ = INITIAL.numpy(), TRANSITION.numpy()
+    return theirs.fit(rows, LENGTHS)
+
+
+def exactly(count: int) -> EM:
+    return EM(max_iter=count, tol=0.0, param_tol=0.0, floor=0.0)
+
+
+@iterations
+@pytest.mark.parametrize("kind", ["full", "tied", "diag", "spherical"])
+def test_hmmlearn_gaussian(kind: str, count: int) -> None:
+    noise = torch.randn(sum(LENGTHS), 2, generator=seeded(2), **DOUBLE)
+    centres = torch.tensor([[-1.0, 0.0], [1.5, 1.0], [0.0, -2.0]], **DOUBLE)
+    x, lengths, rows = ragged(lambda z: centres[z] + noise * (0.6 + 0.2 * z.unsqueeze(-1)))
+    loc, eye = 0.5 * centres, torch.eye(2, **DOUBLE)
+    start: dict[str, Tensor] = {
+        "full": eye.repeat(3, 1, 1),
+        "tied": eye,
+        "diag": torch.ones(3, 2, **DOUBLE),
+        "spherical": torch.ones(3, **DOUBLE),
+    }
+    constraint = {"full": constraints.positive_definite, "tied": constraints.positive_definite}
+
+    def emission(x: Tensor) -> Any:
+        means = pyro.param("loc", loc)
+        cov = pyro.param("cov", start[kind], constraint=constraint.get(kind, constraints.positive))
+
+        def of_state(z: Any, t: Any) -> None:
+            if kind in ("full", "tied"):
+                own = cov if kind == "tied" else cov[z]
+                d = dist.MultivariateNormal(means[z], covariance_matrix=own)
+            else:
+                spread = cov[z].sqrt() if kind == "diag" else cov[z].sqrt().unsqueeze(-1)
+                d = dist.Normal(means[z], spread).to_event(1)
+            pyro.sample(f"x_{t}", d, obs=x[:, t])
+
+        return of_state
+
+    theirs = hmm.GaussianHMM(
+        3, kind, min_covar=0, covars_prior=0, covars_weight=0, init_params="", n_iter=count,
+        tol=-np.inf,
+    )  # fmt: skip
+    theirs.means_, theirs.covars_ = loc.numpy(), start[kind].numpy()
+    fitted(theirs, rows)
+    cov = theirs._covars_[:, 0] if kind == "spherical" else theirs._covars_
+    fit = exactly(count).fit(chain_of(emission), x, lengths)
+    same_as_hmmlearn(theirs, fit, rows, {"loc": theirs.means_, "cov": cov})
+
+
+@iterations
+def test_hmmlearn_categorical_and_poisson(count: int) -> None:
+    noise = torch.rand(sum(LENGTHS), 1, generator=seeded(3), **DOUBLE)
+    probs = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.5, 0.3], [0.1, 0.2, 0.7]], **DOUBLE)
+    y, lengths, rows = ragged(lambda z: (probs[z].cumsum(-1) < noise).sum(-1, keepdim=True))
+
+    def categories(x: Tensor) -> Any:
+        own = pyro.param("probs", 0.5 * probs + 0.5 / 3, constraint=constraints.simplex)
+        return lambda z, t: pyro.sample(f"y_{t}", dist.Categorical(own[z]), obs=x[:, t, 0])
+
+    theirs = hmm.CategoricalHMM(3, init_params="", n_iter=count, tol=-np.inf)
+    theirs.emissionprob_, theirs.n_features = (0.5 * probs + 0.5 / 3).numpy(), 3
+    fitted(theirs, rows)
+    fit = exactly(count).fit(chain_of(categories), y, lengths)
+    same_as_hmmlearn(theirs, fit, rows, {"probs": theirs.emissionprob_})
+
+    rates = torch.tensor([1.0, 4.0, 9.0], **DOUBLE)
+    n, lengths, rows = ragged(lambda z: (rates[z].unsqueeze(-1) + 4 * noise - 2).round().abs())
+
+    def counts(x: Tensor) -> Any:
+        rate = pyro.param("rate", rates.sqrt() * 2, constraint=constraints.positive)
+        return lambda z, t: pyro.sample(f"n_{t}", dist.Poisson(rate[z]), obs=x[:, t, 0])
+
+    theirs = hmm.PoissonHMM(3, init_params="", n_iter=count, tol=-np.inf)
+    theirs.lambdas_ = (rates.sqrt() * 2).numpy()[:, None]
+    fitted(theirs, rows.astype(int))
+    fit = exactly(count).fit(chain_of(counts), n, lengths)
+    same_as_hmmlearn(theirs, fit, rows.astype(int), {"rate": theirs.lambdas_[:, 0]})
+
+
+@iterations
+def test_hmmlearn_mixture_emissions(count: int) -> None:
+    noise = torch.randn(sum(LENGTHS), 2, generator=seeded(4), **DOUBLE)
+    x, lengths, rows = ragged(lambda z: 2.0 * z.unsqueeze(-1) + noise)
+    loc = torch.tensor([[[-1.0, 0], [0, 1]], [[1.5, 2], [2, 3]], [[3.0, 4], [5, 4]]], **DOUBLE)
+    mixing = torch.tensor([[0.4, 0.6], [0.5, 0.5], [0.7, 0.3]], **DOUBLE)
+
+    def emission(x: Tensor) -> Any:
+        weights = pyro.param("mixing", mixing, constraint=constraints.simplex)
+        means = pyro.param("loc", loc)
+        var = pyro.param("var", torch.ones(3, 2, 2, **DOUBLE), constraint=constraints.positive)
+
+        def of_state(z: Any, t: Any) -> None:
+            c = pyro.sample(f"c_{t}", dist.Categorical(weights[z]))
+            pyro.sample(
+                f"x_{t}", dist.Normal(means[z, c], var[z, c].sqrt()).to_event(1), obs=x[:, t]
+            )
+
+        return of_state
+
+    # Its update of the variances is around the means before: not the maximiser. They stay here.
+    theirs = hmm.GMMHMM(
+        3, 2, covariance_type="diag", means_prior=0.0, means_weight=0.0, weights_prior=1,
+        init_params="", params="stmw", n_iter=count, tol=-np.inf,
+    )  # fmt: skip
+    theirs.weights_, theirs.means_ = mixing.numpy(), loc.numpy()
+    theirs.covars_ = np.ones((3, 2, 2))
+    theirs.n_features = 2
+    fitted(theirs, rows)
+    solver = EM(max_iter=count, tol=0.0, param_tol=0.0, fixed=("var",))
+    fit = solver.fit(chain_of(emission), x, lengths)
+    pairs = {"initial": theirs.startprob_, "transition": theirs.transmat_}
+    pairs |= {"mixing": theirs.weights_, "loc": theirs.means_}
+    for name, value in pairs.items():
+        torch.testing.assert_close(
+            fit.params[name], torch.as_tensor(value), rtol=1e-8, atol=1e-8, msg=name
+        )
+    assert fit.log_likelihood == pytest.approx(theirs.score(rows, LENGTHS), rel=1e-10)
