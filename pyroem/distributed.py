@@ -20,7 +20,7 @@ from torch import distributed as dist
 
 from pyroem import errors, interrupt
 from pyroem.errors import ModelError, PyroemError, SettingError
-from pyroem.estep.engine import MixtureEngine, log_prior, surrogate
+from pyroem.estep.engine import ChainEngine, MixtureEngine, log_prior, surrogate
 from pyroem.mstep.runs import Expected
 from pyroem.statistics import SiteStatistics
 from pyroem.structure import Params
@@ -278,7 +278,7 @@ class DistributedEngine:
     process); ``shape`` is an example of what an E-step gives; ``work`` that of the largest share.
     """
 
-    own: MixtureEngine
+    own: MixtureEngine | ChainEngine
     ranks: Ranks
     rows: tuple[int, ...]
     shape: Expected
@@ -301,10 +301,10 @@ class DistributedEngine:
         The gradient follows from the statistics of all rows, in every process by itself.
         """
         expected, first = self._sums(LOG_JOINT, {n: v.detach() for n, v in params.items()})
-        prior = log_prior(self.own.mixture.plan, params)
+        prior = log_prior(self.own.plan, params)
         if first.isfinite():
             prior = first + (prior - prior.detach())
-        return surrogate(self.own.mixture.plan, params, expected), prior
+        return surrogate(self.own.plan, params, expected), prior
 
     def _sums(self, kind: int, params: Params) -> tuple[Expected, Tensor]:
         """The statistics of all rows, and the prior, which the first process counts."""
@@ -314,7 +314,7 @@ class DistributedEngine:
                 expected, prior = self.own.expect(params)
                 flat = flatten(expected)
             else:
-                prior = log_prior(self.own.mixture.plan, params)
+                prior = log_prior(self.own.plan, params)
                 flat = torch.zeros_like(flatten(self.shape))
             counted = torch.zeros(1) if self.ranks.rank else prior.detach().reshape(1)
             body = torch.cat([flat, counted.double()])

@@ -19,8 +19,7 @@ from pyroem import sequences
 from pyroem._pyro import Enumerated, isolated, unwrap
 from pyroem.errors import ModelError, SettingError
 from pyroem.estep import decode
-from pyroem.estep.chain import Potentials
-from pyroem.estep.engine import ChainEngine
+from pyroem.estep.chain import Potentials, chain_weights, lengths
 from pyroem.estep.kernel import Rows, best_states, entropy, marginals, row_log_likelihoods
 from pyroem.estep.mixture import Mixture
 from pyroem.estep.trace import entropy_of_known, factor_weights, posterior
@@ -199,7 +198,7 @@ class Fit:
     def _potentials(self, structure: Structure, best: bool = False) -> list[Potentials]:
         """The log-probabilities of the chains on the sequences of ``structure``."""
         with isolated(structure.program.dtype, 0), torch.no_grad():
-            engine = self.problem.chain_engine(structure, self.params)
+            engine = self.problem.on_sequences(structure, self.params)
             return engine.potentials(self.params, best)
 
     def _chains(self, what: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Structure:
@@ -379,8 +378,9 @@ class Fit:
         with isolated(structure.program.dtype, 0), torch.no_grad():
             trace = structure.enumerate(self.params)
             tensors = trace.tensors()
-            if isinstance(self.problem.engine, ChainEngine):
-                by_chain = self.problem.engine.found(trace)
+            if structure.chains:
+                ends = {c.name: lengths(structure, trace.trace.nodes, c) for c in structure.chains}
+                by_chain = chain_weights(structure, trace, tensors, ends, weights)
                 value, found = by_chain.log_likelihood, by_chain.weights
             else:
                 value, found = factor_weights(

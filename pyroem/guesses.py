@@ -11,7 +11,7 @@ from torch import Tensor
 from pyroem._pyro import align
 from pyroem.batch import Batch, has_one_group, no_batch, stack, unstack
 from pyroem.clustering import cluster_means, features, kmeans, rows_shape
-from pyroem.estep.engine import ChainEngine, MixtureEngine
+from pyroem.estep.engine import MixtureEngine, is_chained
 from pyroem.estep.kernel import expect_given
 from pyroem.estep.trace import collect, factor_weights
 from pyroem.mstep.runs import Expected, Run
@@ -112,8 +112,9 @@ def from_evidence(
         by_kernel = _by_kernel(problem, evidence, importance)
         if by_kernel is not None:
             return problem.m_step(params, by_kernel, only, effort=QUICK)
-    if isinstance(problem.engine, ChainEngine):
-        given = problem.engine.expect_given(params, evidence, importance)
+    engine = problem.engine
+    if is_chained(engine):
+        given = engine.expect_given(params, evidence, importance)
         return problem.m_step(params, given, only, effort=QUICK)
     structure, trace = problem.structure, problem.plan.reading.traces[0]
     tensors = {name: torch.zeros_like(f.tensor) for name, f in trace.factors.items()}

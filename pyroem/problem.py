@@ -19,9 +19,17 @@ from pyroem.distributed import DistributedEngine
 from pyroem.errors import DataError, ModelError, PyroemError, SettingError
 from pyroem.estep import decode
 from pyroem.estep.agreement import check_kernel
-from pyroem.estep.chain import lengths, sequence_weights, shape_of
-from pyroem.estep.emissions import ChainParts, ChainRows, chain_parts
-from pyroem.estep.engine import ChainEngine, Engine, MixtureEngine, TraceEngine
+from pyroem.estep.chain import lengths
+from pyroem.estep.emissions import Sequences, chain_parts, sequences_of
+from pyroem.estep.engine import (
+    Chained,
+    ChainEngine,
+    ChainTraceEngine,
+    Engine,
+    MixtureEngine,
+    TraceEngine,
+    is_chained,
+)
 from pyroem.estep.kernel import Rows
 from pyroem.estep.mixture import Mixture, mixture_of
 from pyroem.estep.trace import posterior
@@ -32,7 +40,7 @@ from pyroem.mstep.scales import variance_floors
 from pyroem.mstep.update import THOROUGH, Effort, m_step
 from pyroem.reading import has_loops, on_other_sequences, read
 from pyroem.sampling import has_rows, leading_size, sample_rows, take
-from pyroem.streaming import Streamed, sampled
+from pyroem.streaming import Maker, RowMaker, SequenceMaker, Streamed, sampled
 from pyroem.structure import Fixed, Params, Structure
 from pyroem.symmetry import StateGroup, state_groups
 from pyroem.whole import constant_along_rows, whole_data
@@ -119,24 +127,26 @@ class Problem:
 
     def marginals(self, params: Params) -> dict[str, Tensor]:
         """The posterior probabilities of every assignment: its plates, then its states."""
-        if isinstance(self.engine, ChainEngine):
-            with isolated(self.structure.program.dtype, 0):
-                found = decode.marginals(self.engine.potentials(params))
-            return decode.by_site(self.structure, found)
-        return posterior(self.sample.structure, params).marginals
+        engine, structure = self.sample.engine, self.sample.structure
+        if not is_chained(engine):
+            return posterior(structure, params).marginals
+        with isolated(structure.program.dtype, 0):
+            found = decode.marginals(engine.potentials(params))
+        return decode.by_site(structure, found)
 
-    def chain_engine(self, structure: Structure, params: Params) -> ChainEngine:
-        """The engine on other sequences, of which ``structure`` is."""
-        engine = self.engine
-        assert isinstance(engine, ChainEngine)
+    def on_sequences(self, structure: Structure, params: Params) -> Chained:
+        """The engine on other sequences, those that ``structure`` is of."""
+        engine = self.engine.own if isinstance(self.engine, DistributedEngine) else self.engine
+        assert is_chained(engine)
         if structure is self.structure:
             return engine
-        if engine.rows:
-            with isolated(structure.program.dtype, 0), torch.no_grad():
+        with isolated(structure.program.dtype, 0), torch.no_grad():
+            if isinstance(engine, ChainEngine):
                 nodes = structure.program.run(params).nodes
-                parts = [rows.parts for rows in engine.rows]
-                return engine_of_rows(structure, self.plan, parts, nodes, None)
-        nodes = structure.enumerate(params).trace.nodes
+                chunk = sequences_of(structure, engine.parts, nodes)
+                return replace(engine, structure=structure, chunks=[chunk])
+            nodes = structure.enumerate(params).trace.nodes
+        assert isinstance(engine, ChainTraceEngine)
         ends = {chain.name: lengths(structure, nodes, chain) for chain in structure.chains}
         return replace(engine, structure=structure, row_weights=None, ends=ends)
 
@@ -162,7 +172,8 @@ class Problem:
             if self.kernel is None:
                 raise ModelError("Data in blocks needs a program with a kernel.")
             rest = as_data(args[1:], dtype), as_data(dict(kwargs), dtype)
-            return Streamed(structure, self.kernel.mixture, blocks(args[0]), rest, None)
+            make = RowMaker(structure, self.kernel.mixture)
+            return Streamed(make, blocks(args[0]), rest, dtype, None)
         if self.kernel is None:
             return None
         if not args and not kwargs:
@@ -300,10 +311,12 @@ def _pose_long(
             if not constant_along_rows(nodes, plan):
                 return None
             row_weights = None if weights is None else check_weights(weights, structure)
-            engine = engine_of_rows(whole, plan, parts, nodes, row_weights)
-            _check_chain_kernel(
-                engine_of_rows(structure, plan, parts, plan.reading.traces[0].trace.nodes, None)
-            )
+            chunk = sequences_of(whole, parts, nodes, row_weights)
+            engine = ChainEngine(whole, plan, parts, [chunk])
+            run = plan.reading.traces[0]
+            lengths = {c.name: run.sizes(c.step)[c.steps] + 1 for c in structure.chains}
+            few = tuple(replace(c, length=lengths[c.name]) for c in structure.chains)
+            _check_chains(sequences_of(replace(structure, chains=few), parts, run.trace.nodes))
     except PyroemError:
         return None  # what is wrong is found, and told, on all the data
     floors = variance_floors(structure, plan.blocks, floor)
@@ -311,42 +324,26 @@ def _pose_long(
     return Problem(whole, plan, row_weights, floors, floor, groups, engine, chain_nodes=nodes)
 
 
-def chain_engine(structure: Structure, plan: Plan, row_weights: Tensor | None) -> ChainEngine:
+def chain_engine(
+    structure: Structure, plan: Plan, row_weights: Tensor | None
+) -> ChainEngine | ChainTraceEngine:
     """The engine of a program with chains."""
     nodes = plan.reading.traces[0].trace.nodes
     parts = chain_parts(structure, plan)
     if isinstance(parts, str):
         ends = {chain.name: lengths(structure, nodes, chain) for chain in structure.chains}
-        return ChainEngine(structure, plan, row_weights, ends, reason=parts)
+        return ChainTraceEngine(structure, plan, row_weights, ends, parts)
     with isolated(structure.program.dtype, 0), torch.no_grad():
-        engine = engine_of_rows(structure, plan, parts, nodes, row_weights)
-        _check_chain_kernel(engine)
-    return engine
+        chunk = sequences_of(structure, parts, nodes, row_weights)
+        _check_chains(chunk)
+    return ChainEngine(structure, plan, parts, [chunk])
 
 
-def _check_chain_kernel(engine: ChainEngine) -> None:
-    for rows in engine.rows:
+def _check_chains(chunk: Sequences) -> None:
+    for rows in chunk.rows:
         for part in (rows.opening, rows.following):
             if part is not None:
                 check_kernel(part)
-
-
-def engine_of_rows(
-    structure: Structure,
-    plan: Plan,
-    parts: Iterable[ChainParts],
-    nodes: Mapping[str, Any],
-    row_weights: Tensor | None,
-) -> ChainEngine:
-    """The engine of chains whose observations are matrix products, on the data of ``nodes``."""
-    rows, ends = [], {}
-    for own in parts:
-        (chain,) = (c for c in structure.chains if c.name == own.chain.name)
-        own, shape = replace(own, chain=chain), shape_of(nodes, chain)
-        ends[chain.name] = lengths(structure, nodes, chain)
-        weights = sequence_weights(structure, chain, shape, row_weights)
-        rows.append(ChainRows(own, nodes, shape, ends[chain.name], weights))
-    return ChainEngine(structure, plan, row_weights, ends, tuple(rows))
 
 
 def _pose_large(
@@ -422,7 +419,7 @@ def _pose_blocks(
                 " the blocks: pyroem.blocks((x, y))."
             )
         try:
-            structure = read(model, *data, dtype=dtype)
+            structure = read(model, *data, dtype=dtype, chains=True, some_steps=SOME_STEPS)
         except DataError as error:
             some = f"a sample of {leading_size(data[0])} of the {rows} rows"
             raise DataError(f"Data in blocks, in {some}: {error}") from error
@@ -430,18 +427,59 @@ def _pose_blocks(
         if PER_STATE * states <= size or size >= rows:
             break
         size = min(PER_STATE * states, rows)
-    plan, mixture = plan_with_kernel(structure, fixed, leading_size(data[0]), "Data in blocks")
-    structure = plan.structure
-    whole = replace(structure, unit_shape=(rows,))
-    if row_weights is not None:
-        row_weights = check_weights(row_weights, whole)
-    nodes = plan.reading.traces[0].trace.nodes
     total = float(rows if row_weights is None else row_weights.sum())
     own = standing_for(own, leading_size(data[0]), total, dtype)
-    small = problem_of(structure, plan, own, floor, mixture, nodes)
-    chunks = Streamed(structure, mixture, given, rest, rows, row_weights, device)
-    engine = MixtureEngine(mixture, chunks)
+    small = pose_with_kernel(structure, fixed, floor, own, "Data in blocks", device)
+    whole = replace(small.structure, unit_shape=(rows,))
+    if row_weights is not None:
+        row_weights = check_weights(row_weights, whole)
+    make = maker_of(small, device)
+    engine = with_chunks(small.engine, Streamed(make, given, rest, dtype, rows, row_weights))
     return replace(small, structure=whole, row_weights=row_weights, engine=engine, smaller=small)
+
+
+def pose_with_kernel(
+    structure: Structure,
+    fixed: Fixed,
+    floor: float,
+    weights: Tensor,
+    what: str,
+    device: torch.device | None = None,
+) -> Problem:
+    """The problem on a sample of the rows, for what needs a kernel with one plate of rows."""
+    rows = len(weights)
+    if structure.chains:
+        _check_rows(structure, rows, what)
+        program, dtype = structure.program, structure.program.dtype
+        options: dict[str, Any] = {"dtype": dtype, "weights": weights, "device": device}
+        small = pose(
+            program.model, program.args, program.kwargs, fixed=fixed, floor=floor, **options
+        )
+        if not isinstance(small.engine, ChainEngine):
+            raise ModelError(
+                f"{what}: expected a program with a kernel; here {small.engine.description}."
+            )
+        return small
+    plan, mixture = plan_with_kernel(structure, fixed, rows, what)
+    nodes = plan.reading.traces[0].trace.nodes
+    return problem_of(plan.structure, plan, weights, floor, mixture, nodes)
+
+
+def maker_of(problem: Problem, device: torch.device | None = None) -> Maker:
+    """What makes rows for the problem's kernel, from more data."""
+    engine, structure = problem.engine, problem.structure
+    if isinstance(engine, ChainEngine):
+        return SequenceMaker(structure, problem.plan, engine.parts)
+    assert isinstance(engine, MixtureEngine)
+    return RowMaker(structure, engine.mixture, device)
+
+
+def with_chunks(engine: Engine, chunks: Iterable[Any]) -> MixtureEngine | ChainEngine:
+    """The kernel on other data."""
+    if isinstance(engine, ChainEngine):
+        return replace(engine, chunks=chunks)
+    assert isinstance(engine, MixtureEngine)
+    return replace(engine, chunks=chunks)
 
 
 def numbers_of(weights: Any, dtype: torch.dtype) -> Tensor:
@@ -479,17 +517,21 @@ def plan_with_kernel(
     structure: Structure, fixed: Fixed, rows: int, what: str
 ) -> tuple[Plan, Mixture]:
     """The plan and the kernel of a program that was read on ``rows`` rows; ``what`` needs it."""
+    _check_rows(structure, rows, what)
+    plan = make_plan(structure, fixed)
+    mixture = mixture_of(structure, plan)
+    if isinstance(mixture, str):
+        raise ModelError(f"{what}: expected a program with a kernel; here {mixture}.")
+    return plan, mixture
+
+
+def _check_rows(structure: Structure, rows: int, what: str) -> None:
     if structure.unit_shape != (rows,):
         raise ModelError(
             f"{what}: expected a program with one plate of independent rows, of the size of the"
             f" data ({rows} rows in the sample that it was read on), got plates"
             f" {', '.join(structure.unit) or 'none'} of sizes {structure.unit_shape}."
         )
-    plan = make_plan(structure, fixed)
-    mixture = mixture_of(structure, plan)
-    if isinstance(mixture, str):
-        raise ModelError(f"{what}: expected a program with a kernel; here {mixture}.")
-    return plan, mixture
 
 
 def check_weights(weights: Any, structure: Structure) -> Tensor:

@@ -11,25 +11,26 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from pyroem._pyro import Program, as_data, isolated
+from pyroem._pyro import as_data, isolated
 from pyroem.blocks import Blocks, blocks, is_source
 from pyroem.distributed import DistributedEngine, Ranks, digest, flatten
 from pyroem.errors import DataError, ModelError
-from pyroem.estep.engine import MixtureEngine
+from pyroem.estep.engine import ChainEngine, Engine, MixtureEngine
 from pyroem.estep.kernel import Rows
-from pyroem.estep.mixture import Mixture
 from pyroem.problem import (
     LARGE,
     PER_STATE,
     SAMPLE,
+    SOME_STEPS,
     Problem,
     check_weights,
+    maker_of,
     numbers_of,
-    plan_with_kernel,
-    problem_of,
+    pose_with_kernel,
     standing_for,
+    with_chunks,
 )
-from pyroem.reading import read
+from pyroem.reading import on_other_sequences, read
 from pyroem.sampling import leading_size, sample_rows
 from pyroem.streaming import Streamed, sampled
 from pyroem.structure import Fixed, Structure
@@ -182,32 +183,37 @@ class Shard:
         return tree_unflatten(leaves, self.spec), torch.cat(weights) if weights else None
 
     def engine(
-        self, structure: Structure, mixture: Mixture, places: Tensor, device: torch.device | None
-    ) -> tuple[Program, MixtureEngine]:
-        """The kernel on one's own rows, and the program with them (a sample, of blocks).
+        self, small: Problem, places: Tensor, device: torch.device | None
+    ) -> tuple[Structure, MixtureEngine | ChainEngine]:
+        """The kernel on one's own rows, and the structure with them (a sample, of blocks).
 
         ``places`` says where in the common sample one's own part of it stands.
         """
-        program, weights = structure.program, self.weights
+        structure, weights, kernel = small.structure, self.weights, small.engine
         if weights is not None and bool((weights != 0).any()):
             check_weights(weights, replace(structure, unit_shape=(self.rows,)))
         if not self.rows:
-            return program, MixtureEngine(mixture, [])
+            return structure, with_chunks(kernel, [])
+        make, dtype = maker_of(small, device), self.dtype
         if self.source is not None:
-            chunks = Streamed(
-                structure, mixture, self.source, self.rest, self.rows, weights, device
-            )
-            return program, MixtureEngine(mixture, chunks)
+            chunks = Streamed(make, self.source, self.rest, dtype, self.rows, weights)
+            return structure, with_chunks(kernel, chunks)
         args, kwargs = tree_unflatten(self.leaves, self.spec)
+        if isinstance(kernel, ChainEngine):
+            chunk = make((args, kwargs), self.rows, weights, "The rows of this process", True)
+            point = small.plan.reading.points[0]
+            own = on_other_sequences(structure, point, args, kwargs)
+            return own, replace(kernel, structure=own, chunks=[chunk])
+        assert isinstance(kernel, MixtureEngine)
         data = whole_data(structure, args, kwargs, self.rows, self.index)
-        if data is None or not data.agrees(mixture.plan, places):
+        if data is None or not data.agrees(kernel.plan, places):
             raise ModelError(
                 "The program makes something else of the rows of this process than of those of all."
                 " Its parameters, priors and the distributions' arguments must not be computed"
                 " from the data, and its plate of rows must have the size of the data."
             )
-        rows = Rows(mixture, data.nodes, weights, device=device)
-        return data.program, MixtureEngine(mixture, [rows])
+        rows = Rows(kernel.mixture, data.nodes, weights, device=device)
+        return replace(structure, program=data.program), with_chunks(kernel, [rows])
 
 
 def _seen(x: Any) -> tuple[Shape, str | None]:
@@ -267,7 +273,7 @@ def pose_shared(
             parts = ranks.agree(partial(shard.part, counts[ranks.rank], everything))
             data, own = shard.joined(parts)
             structures: list[Structure] = []
-            ranks.agree(lambda d=data, s=structures: s.append(read(model, *d, dtype=dtype)))  # type: ignore[misc]
+            ranks.agree(partial(_read_into, structures, model, data, dtype))
             (structure,) = structures
             states = sum(structure.assignments.values())
             if PER_STATE * states <= size or everything:
@@ -281,18 +287,14 @@ def pose_shared(
 
         def made() -> tuple[str, float, float]:
             what = "A fit over several processes"
-            plan, mixture = plan_with_kernel(structure, fixed, starts[-1], what)
-            nodes = plan.reading.traces[0].trace.nodes
             standing = standing_for(own, starts[-1], sum(weight), dtype)
-            small = problem_of(plan.structure, plan, standing, floor, mixture, nodes)
-            # What stands outside the rows is counted once: by each process that has rows in part.
-            share = 1 / sum(n > 0 for n in rows)
-            outside = tuple((s, x.scaled(share), m * share) for s, x, m in mixture.outside)
-            mixture = replace(mixture, outside=outside)
+            small = pose_with_kernel(structure, fixed, floor, standing, what, device)
             with isolated(dtype, 0), torch.no_grad():
-                program, engine = shard.engine(plan.structure, mixture, places, device)
-                shape, log_prior = small.e_step(plan.reading.points[0])
-            whole = replace(plan.structure, program=program, unit_shape=(total,))
+                share = 1 / sum(n > 0 for n in rows)
+                shared = replace(small, engine=_shared(small.engine, share))
+                own_structure, engine = shard.engine(shared, places, device)
+                shape, log_prior = small.e_step(small.plan.reading.points[0])
+            whole = replace(own_structure, unit_shape=(total,))
             spread = DistributedEngine(engine, ranks, rows, shape)
             problems.append(
                 replace(
@@ -322,6 +324,20 @@ def pose_shared(
         ranks.width = max(len(flatten(spread.shape)) + 1, size)
         # The same number of threads everywhere, so that rounding is the same.
         return replace(problem, engine=replace(spread, work=max(work for _, work, _ in agreed)))
+
+
+def _read_into(
+    found: list[Structure], model: Callable[..., Any], data: Any, dtype: torch.dtype
+) -> None:
+    found.append(read(model, *data, dtype=dtype, chains=True, some_steps=SOME_STEPS))
+
+
+def _shared(engine: Engine, share: float) -> Engine:
+    """What stands outside the rows is counted once: by each process that has rows in part."""
+    if not isinstance(engine, MixtureEngine):
+        return engine
+    outside = tuple((s, x.scaled(share), m * share) for s, x, m in engine.mixture.outside)
+    return replace(engine, mixture=replace(engine.mixture, outside=outside))
 
 
 def _signature(structure: Structure, problem: Problem) -> str:

@@ -10,16 +10,17 @@ from typing import Any
 import torch
 
 from pyroem.errors import ModelError, SettingError
-from pyroem.estep.engine import MixtureEngine, log_prior
-from pyroem.estep.kernel import Rows, expect
+from pyroem.estep.emissions import Sequences
+from pyroem.estep.engine import ChainEngine, MixtureEngine, log_prior
+from pyroem.estep.kernel import Rows
 from pyroem.loop import State
 from pyroem.mstep.runs import Expected
 from pyroem.mstep.update import QUICK
-from pyroem.problem import Problem
+from pyroem.problem import Problem, maker_of
 from pyroem.sampling import take
 from pyroem.solver import Solver
 from pyroem.statistics import SiteStatistics, add
-from pyroem.streaming import Streamed, rows_of
+from pyroem.streaming import Streamed
 from pyroem.structure import Params
 
 WARM_UP, CALM = 200, 1e-5  # iterations on the sample; nats a row
@@ -99,7 +100,7 @@ class StepwiseEM(Solver):
             raise ModelError("The program has no assignment: stepwise EM has nothing to sum out.")
         if problem.everywhere is not None:
             raise ModelError("Stepwise EM does not run over several processes; EM does.")
-        if not isinstance(problem.engine, MixtureEngine):
+        if not isinstance(problem.engine, MixtureEngine | ChainEngine):
             raise ModelError(
                 f"Stepwise EM needs a program with a kernel; here {problem.engine.description}."
             )
@@ -118,14 +119,15 @@ class StepwiseEM(Solver):
     def step(self, problem: Problem, state: State) -> State:
         """One pass over the mini-batches."""
         engine = problem.engine
-        assert isinstance(engine, MixtureEngine)
+        assert isinstance(engine, MixtureEngine | ChainEngine)
+        over: Any = engine.over
         running: Any = state.memory
         params, total = state.params, torch.zeros((), dtype=problem.structure.program.dtype)
         for rows in minibatches(problem, self.batch, state.passes == 0):
             if not rows.total > 0:
                 continue
             with torch.no_grad():
-                found = expect(engine.mixture, [rows], params)
+                found = over([rows], params)
             total = total + found.log_likelihood
             share = problem.rows / rows.total
             count = 0 if running is None else running.count
@@ -136,21 +138,25 @@ class StepwiseEM(Solver):
                 new = add(old, new)
             running = _Running(new, count + 1)
             params = problem.m_step(params, Expected(total, new, {}), effort=QUICK)
-        value = float(total + log_prior(engine.mixture.plan, params))
+        value = float(total + log_prior(engine.plan, params))
         return State(params, value, state.passes + 1, running)
 
 
-def minibatches(problem: Problem, size: int, check: bool) -> Iterator[Rows]:
+def minibatches(problem: Problem, size: int, check: bool) -> Iterator[Rows | Sequences]:
     """The rows in mini-batches of about ``size``, in random order where that is possible.
 
     ``check`` asks whether the program makes of a mini-batch what it makes of all rows.
     """
     engine = problem.engine
-    assert isinstance(engine, MixtureEngine)
+    assert isinstance(engine, MixtureEngine | ChainEngine)
     if isinstance(engine.chunks, Streamed):
         for rows in engine.chunks:
             yield from rows.parts(size)
         return
+    if not problem.structure.unit:  # one sequence
+        yield from engine.chunks
+        return
+    make = maker_of(problem.sample)
     structure = problem.structure
     count = structure.unit_shape[0]
     data = structure.program.args, structure.program.kwargs
@@ -162,4 +168,4 @@ def minibatches(problem: Problem, size: int, check: bool) -> Iterator[Rows]:
         weights = None if problem.row_weights is None else problem.row_weights[chosen]
         few, length = take(data, chosen, count), len(chosen)
         what = f"Mini-batch {number}"
-        yield rows_of(problem.sample.structure, engine.mixture, few, length, weights, what, check)
+        yield make(few, length, weights, what, check)

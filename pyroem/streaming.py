@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,17 +13,27 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from pyroem._pyro import as_data, isolated
 from pyroem.blocks import Blocks
 from pyroem.errors import DataError
+from pyroem.estep.emissions import ChainParts, Sequences, sequences_of
 from pyroem.estep.kernel import Rows
 from pyroem.estep.mixture import Mixture
+from pyroem.mstep.plan import Plan
+from pyroem.reading import on_other_sequences
 from pyroem.sampling import leading_size, leading_sizes, sample_rows, take
 from pyroem.structure import Structure
-from pyroem.whole import whole_data
+from pyroem.whole import constant_along_rows, whole_data
 
 SOME = 50  # rows of a block that the program is run on alone, to compare
 
 
+Data = tuple[tuple[Any, ...], dict[str, Any]]  # the program's arguments
+
+# (data, number of rows, their weights, what they are, whether to check them) -> the kernel's rows,
+# by running the program
+Maker = Callable[[Data, int, Tensor | None, str, bool], Any]
+
+
 class Streamed:
-    """The rows of all blocks for the kernel, made anew in every pass.
+    """The rows of all blocks for a kernel, made anew in every pass.
 
     The program runs on each block; at the first pass everything is checked that was read on the
     sample. Where the number of ``rows`` is given, every pass must give as many.
@@ -30,23 +41,21 @@ class Streamed:
 
     def __init__(
         self,
-        structure: Structure,
-        mixture: Mixture,
+        make: Maker,
         blocks: Blocks,
-        rest: tuple[tuple[Any, ...], dict[str, Any]],
+        rest: Data,
+        dtype: torch.dtype,
         rows: int | None,
         weights: Tensor | None = None,
-        device: torch.device | None = None,
     ) -> None:
-        self.device = device
-        self.structure, self.mixture, self.blocks = structure, mixture, blocks
+        self.make, self.blocks, self.dtype = make, blocks, dtype
         self.rest, self.rows, self.weights = rest, rows, weights
         self.checked = False
 
-    def __iter__(self) -> Iterator[Rows]:
+    def __iter__(self) -> Iterator[Any]:
         start = 0
         for number, block in enumerate(self.blocks):
-            args = block_data(block, number, self.structure.program.dtype)
+            args = block_data(block, number, self.dtype)
             size = leading_size(args)
             if not size:
                 continue
@@ -54,8 +63,7 @@ class Streamed:
                 raise self._changed(f"more than {self.rows}")
             weights = None if self.weights is None else self.weights[start : start + size]
             what, check = f"Block {number} (from row {start} on)", not self.checked
-            data, device = ((*args, *self.rest[0]), self.rest[1]), self.device
-            yield rows_of(self.structure, self.mixture, data, size, weights, what, check, device)
+            yield self.make(((*args, *self.rest[0]), self.rest[1]), size, weights, what, check)
             start += size
         if self.rows is not None and start != self.rows:
             raise self._changed(str(start))
@@ -68,17 +76,62 @@ class Streamed:
         )
 
 
-def rows_of(
+@dataclass(frozen=True)
+class SequenceMaker:
+    """Sequences for the kernel of chains; those of each block have a length of their own."""
+
+    structure: Structure
+    plan: Plan
+    parts: tuple[ChainParts, ...]
+
+    def __call__(
+        self, data: Data, size: int, weights: Tensor | None, what: str, check: bool
+    ) -> Sequences:
+        """``size`` sequences."""
+        point = self.plan.reading.points[0]
+        try:
+            structure = on_other_sequences(self.structure, point, *data)
+        except DataError as error:
+            raise DataError(f"{what}: {error}") from error
+        with isolated(structure.program.dtype, 0), torch.no_grad():
+            nodes = structure.program.run(point).nodes
+            if structure.unit_shape != (size,) or not constant_along_rows(nodes, self.plan):
+                raise DataError(f"{what}: {_OTHER}")
+            return sequences_of(structure, self.parts, nodes, weights, cache=0)
+
+
+_OTHER = (
+    "the program makes something else of it than of the other rows, or of some of its rows alone."
+    " Parameters, priors, scales, distributions' arguments and observations must not be computed"
+    " from several rows, and the plate of rows must have the size of the block."
+)
+
+
+@dataclass(frozen=True)
+class RowMaker:
+    """Rows for the kernel of mixtures."""
+
+    structure: Structure
+    mixture: Mixture
+    device: torch.device | None = None
+
+    def __call__(
+        self, data: Data, size: int, weights: Tensor | None, what: str, check: bool
+    ) -> Rows:
+        """``size`` rows."""
+        return _rows(self.structure, self.mixture, data, size, weights, what, check, self.device)
+
+
+def _rows(
     structure: Structure,
     mixture: Mixture,
-    data: tuple[tuple[Any, ...], dict[str, Any]],
+    data: Data,
     size: int,
     weights: Tensor | None,
     what: str,
     check: bool,
-    device: torch.device | None = None,
+    device: torch.device | None,
 ) -> Rows:
-    """Some rows for the kernel, by running the program on them."""
     plan, (args, kwargs) = mixture.plan, data
     with isolated(structure.program.dtype, 0):
         none = torch.arange(0)
@@ -93,12 +146,7 @@ def rows_of(
             few = whole_data(structure, args, kwargs, len(index), none, False, part=True)
             agrees = few is not None and whole is not None and whole.same_rows(few, index)
     if whole is None or not agrees:
-        raise DataError(
-            f"{what}: the program makes something else of it than of the other rows, or of some of"
-            " its rows alone. Parameters, priors, scales, distributions' arguments and observations"
-            " must not be computed from several rows, and the plate of rows must have the size of"
-            " the block."
-        )
+        raise DataError(f"{what}: {_OTHER}")
     return Rows(mixture, whole.nodes, weights, cache=0, device=device)
 
 

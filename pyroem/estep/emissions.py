@@ -7,16 +7,17 @@ not run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyroem.estep.chain import Potentials
+from pyroem.estep.chain import Potentials, lengths, sequence_weights, shape_of
 from pyroem.estep.columns import Scratch
 from pyroem.estep.kernel import (
+    CACHE,
     IMPOSSIBLE,
     Coefficients,
     Rows,
@@ -105,8 +106,10 @@ class ChainRows:
         shape: tuple[int, ...],
         ends: Tensor,
         weights: Tensor,
+        cache: int = CACHE,
     ) -> None:
         self.parts, self.shape, self.ends, self.weights = parts, shape, ends, weights
+        self.cache = cache
         steps = parts.chain.length - 1
         by_row = (weights.unsqueeze(0).expand(steps, -1) if steps else weights[:0]).reshape(-1)
         self.opening = self._rows(parts.opening, nodes, weights)
@@ -116,7 +119,7 @@ class ChainRows:
     def _rows(self, part: Part, nodes: Mapping[str, Any], weights: Tensor) -> Rows | None:
         if not part.group.observed:
             return None
-        return Rows(part.mixture, nodes, weights.to(part.group.zero.dtype))
+        return Rows(part.mixture, nodes, weights.to(part.group.zero.dtype), self.cache)
 
     @property
     def work(self) -> float:
@@ -129,6 +132,36 @@ class ChainRows:
     def measure(self) -> float:
         """The weighted sum of the base measure."""
         return sum(rows.measure for rows in (self.opening, self.following) if rows is not None)
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Sequences that are in memory: the rows of every chain; ``total`` is what they weigh."""
+
+    rows: tuple[ChainRows, ...]
+    total: float
+
+    def parts(self, size: int) -> Iterator[Sequences]:
+        """All of them: sequences are not cut."""
+        yield self
+
+
+def sequences_of(
+    structure: Structure,
+    parts: Iterable[ChainParts],
+    nodes: Mapping[str, Any],
+    row_weights: Tensor | None = None,
+    cache: int = CACHE,
+) -> Sequences:
+    """The sequences that a program's sites hold."""
+    rows = []
+    for own in parts:
+        (chain,) = (c for c in structure.chains if c.name == own.chain.name)
+        shape, ends = shape_of(nodes, chain), lengths(structure, nodes, chain)
+        weights = sequence_weights(structure, chain, shape, row_weights)
+        rows.append(ChainRows(replace(own, chain=chain), nodes, shape, ends, weights, cache))
+    total = structure.num_rows if row_weights is None else float(row_weights.sum())
+    return Sequences(tuple(rows), float(total))
 
 
 def seen(

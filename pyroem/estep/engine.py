@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 import torch
 from torch import Tensor
 
 from pyroem._pyro import Enumerated
+from pyroem.errors import ModelError
 from pyroem.estep.chain import (
     Found,
     Potentials,
@@ -19,14 +20,21 @@ from pyroem.estep.chain import (
     sequence_weights,
     weights_given,
 )
-from pyroem.estep.emissions import ChainRows, expect_chain, expect_chain_given, potentials_of
+from pyroem.estep.emissions import (
+    ChainParts,
+    Sequences,
+    expect_chain,
+    expect_chain_given,
+    potentials_of,
+)
 from pyroem.estep.kernel import IMPOSSIBLE, Rows, expect
 from pyroem.estep.mixture import Mixture
 from pyroem.estep.trace import collect, expectation
 from pyroem.mstep.plan import Plan
 from pyroem.mstep.runs import Expected, Run
 from pyroem.mstep.update import expected_sum
-from pyroem.structure import Params, Structure
+from pyroem.statistics import SiteStatistics
+from pyroem.structure import Chain, Params, Structure
 
 
 class Engine(Protocol):
@@ -85,39 +93,54 @@ class TraceEngine:
         return value, self.structure.log_prior(trace)
 
 
-@dataclass(frozen=True)
-class ChainEngine:
-    """Forward-backward over chains.
+class Chained(Engine, Protocol):
+    """An engine of chains."""
 
-    Where the observations are matrix products (:mod:`pyroem.estep.emissions`) ``rows`` holds them;
-    else the program runs once for all steps in each pass (:mod:`pyroem.estep.chain`), for
-    ``reason``. ``ends`` are the steps after the first of every chain's sequences.
+    structure: Structure
+    plan: Plan
+
+    def potentials(self, params: Params, best: bool = False) -> list[Potentials]:
+        """The log-probabilities of every chain; ``best`` has what is inside a step at its best."""
+        ...
+
+    def expect_given(
+        self, params: Params, evidence: Mapping[str, Tensor], importance: Tensor | None
+    ) -> Expected:
+        """Expected statistics where the probabilities of the assignments are given.
+
+        ``importance`` weighs the rows, on top of their own weights.
+        """
+        ...
+
+
+def _told(chains: Iterable[Chain]) -> str:
+    return ", ".join(f"'{c.name}' of {c.num_states} states and {c.length} steps" for c in chains)
+
+
+@dataclass(frozen=True)
+class ChainTraceEngine:
+    """Forward-backward over the factors of a run for all steps (:mod:`pyroem.estep.chain`).
+
+    ``ends`` are the steps after the first of every chain's sequences.
     """
 
     structure: Structure
     plan: Plan
     row_weights: Tensor | None
     ends: Mapping[str, Tensor]
-    rows: tuple[ChainRows, ...] = ()
-    reason: str = ""
+    reason: str
 
     @property
     def description(self) -> str:
         """What it does and why it was chosen."""
-        chains = ", ".join(
-            f"'{c.name}' of {c.num_states} states and {c.length} steps"
-            for c in self.structure.chains
+        return (
+            f"chain kernel (forward-backward over {_told(self.structure.chains)}; in each pass the"
+            f" program runs once for all steps: {self.reason})"
         )
-        how = "matrix products in blocks of rows"
-        if not self.rows:
-            how = f"the program runs once for all steps in each pass: {self.reason}"
-        return f"chain kernel (forward-backward over {chains}; {how})"
 
     @property
     def work(self) -> float:
         """About how many multiplications a pass over the data takes."""
-        if self.rows:
-            return sum(rows.work for rows in self.rows)
         factors = self.plan.reading.traces[0].factors.values()
         states = max(chain.num_states for chain in self.structure.chains)
         return 10.0 * states * max(f.tensor.numel() for f in factors)
@@ -125,45 +148,17 @@ class ChainEngine:
     def expect(self, params: Params) -> tuple[Expected, Tensor]:
         """Expected statistics and log prior at ``params``."""
         with torch.no_grad():
-            if self.rows:
-                return self._products(params), log_prior(self.plan, params)
             run = self.structure.enumerate(params)
             prior = self.structure.log_prior(run)
             found = self.found(run)
             return collect(self.plan, run, found.log_likelihood, found.weights), prior
 
-    def potentials(self, params: Params, best: bool = False) -> list[Potentials]:
-        """The log-probabilities of every chain; ``best`` has what is inside a step at its best."""
-        with torch.no_grad():
-            if self.rows:
-                return [potentials_of(rows, params, best) for rows in self.rows]
-            run = self.structure.enumerate(params)
-            return list(join(self.structure, run, run.tensors(), best))
-
     def found(self, run: Enumerated) -> Found:
         """The E-step on a run of the program."""
         return chain_weights(self.structure, run, run.tensors(), self.ends, self.row_weights)
 
-    def _products(self, params: Params) -> Expected:
-        value, statistics = torch.zeros((), dtype=torch.float64), {}
-        scale = float(self.plan.reading.traces[0].scale)
-        for rows in self.rows:
-            own, found = expect_chain(rows, params)
-            value = value + own
-            statistics.update(found)
-        if scale != 1.0:
-            statistics = {name: s.scaled(scale) for name, s in statistics.items()}
-            value = value * scale
-        value = torch.where(value < IMPOSSIBLE, -torch.inf, value)
-        return Expected(value.to(self.structure.program.dtype), statistics, {})
-
     def log_joint(self, params: Params) -> tuple[Tensor, Tensor]:
         """Log-likelihood and log prior at ``params``, differentiable once (Fisher's identity)."""
-        if self.rows:
-            fixed = {name: value.detach() for name, value in params.items()}
-            with torch.no_grad():
-                expected = self._products(fixed)
-            return surrogate(self.plan, params, expected), log_prior(self.plan, params)
         run = self.structure.enumerate(params)
         with torch.no_grad():
             found = self.found(run)
@@ -175,27 +170,105 @@ class ChainEngine:
             value = value + (q - q.detach())
         return value, self.structure.log_prior(run)
 
+    def potentials(self, params: Params, best: bool = False) -> list[Potentials]:
+        """The log-probabilities of every chain; ``best`` has what is inside a step at its best."""
+        with torch.no_grad():
+            run = self.structure.enumerate(params)
+            return list(join(self.structure, run, run.tensors(), best))
+
     def expect_given(
         self, params: Params, evidence: Mapping[str, Tensor], importance: Tensor | None
     ) -> Expected:
-        """Expected statistics where the probabilities of the assignments are given.
-
-        ``importance`` weighs the rows, on top of their own weights.
-        """
-        zero = torch.zeros((), dtype=self.structure.program.dtype)
+        """Expected statistics where the probabilities of the assignments are given."""
+        weights = self.row_weights
+        if importance is not None:
+            weights = importance if weights is None else weights * importance
         with torch.no_grad():
-            if self.rows:
-                statistics = {}
-                for rows in self.rows:
-                    own = sequence_weights(self.structure, rows.parts.chain, rows.shape, importance)
-                    statistics.update(expect_chain_given(rows, evidence, own))
-                return Expected(zero, statistics, {})
-            weights = self.row_weights
-            if importance is not None:
-                weights = importance if weights is None else weights * importance
             run = self.plan.reading.traces[0]
             given = weights_given(self.structure, run, evidence, weights)
+            zero = torch.zeros((), dtype=self.structure.program.dtype)
             return collect(self.plan, run, zero, given, Run(self.plan, params))
+
+
+@dataclass(frozen=True)
+class ChainEngine:
+    """Forward-backward between matrix products (:mod:`pyroem.estep.emissions`)."""
+
+    structure: Structure
+    plan: Plan
+    parts: tuple[ChainParts, ...]
+    chunks: Iterable[Sequences]
+
+    @property
+    def description(self) -> str:
+        """What it does and why it was chosen."""
+        where = "" if isinstance(self.chunks, list) else ", data read in blocks"
+        return (
+            f"chain kernel (forward-backward over {_told(self.structure.chains)}; matrix products"
+            f" in blocks of rows{where})"
+        )
+
+    @property
+    def work(self) -> float:
+        """About how many multiplications a pass over the data takes."""
+        if not isinstance(self.chunks, list):
+            return math.inf
+        return sum(rows.work for chunk in self.chunks for rows in chunk.rows)
+
+    def expect(self, params: Params) -> tuple[Expected, Tensor]:
+        """Expected statistics and log prior at ``params``."""
+        with torch.no_grad():
+            return self.over(self.chunks, params), log_prior(self.plan, params)
+
+    def over(self, chunks: Iterable[Sequences], params: Params) -> Expected:
+        """The E-step on some sequences."""
+        value = torch.zeros((), dtype=torch.float64)
+        total: dict[str, SiteStatistics] = {}
+        scale = float(self.plan.reading.traces[0].scale)
+        for chunk in chunks:
+            for rows in chunk.rows:
+                own, found = expect_chain(rows, params)
+                value = value + own
+                for name, site in found.items():
+                    total[name] = total[name] + site if name in total else site
+        if scale != 1.0:
+            total = {name: s.scaled(scale) for name, s in total.items()}
+            value = value * scale
+        value = torch.where(value < IMPOSSIBLE, -torch.inf, value)
+        return Expected(value.to(self.structure.program.dtype), total, {})
+
+    def log_joint(self, params: Params) -> tuple[Tensor, Tensor]:
+        """Log-likelihood and log prior at ``params``, differentiable once."""
+        fixed = {name: value.detach() for name, value in params.items()}
+        with torch.no_grad():
+            expected = self.over(self.chunks, fixed)
+        return surrogate(self.plan, params, expected), log_prior(self.plan, params)
+
+    def potentials(self, params: Params, best: bool = False) -> list[Potentials]:
+        """The log-probabilities of every chain; ``best`` has what is inside a step at its best."""
+        if not isinstance(self.chunks, list):
+            raise ModelError(
+                "The data of the fit is in blocks. Give the sequences that you ask about."
+            )
+        with torch.no_grad():
+            return [potentials_of(rows, params, best) for c in self.chunks for rows in c.rows]
+
+    def expect_given(
+        self, params: Params, evidence: Mapping[str, Tensor], importance: Tensor | None
+    ) -> Expected:
+        """Expected statistics where the probabilities of the assignments are given."""
+        (chunk,), statistics = self.chunks, dict[str, SiteStatistics]()
+        with torch.no_grad():
+            for rows in chunk.rows:
+                chain = rows.parts.chain
+                own = sequence_weights(self.structure, chain, rows.shape, importance)
+                statistics.update(expect_chain_given(rows, evidence, own))
+        return Expected(torch.zeros((), dtype=self.structure.program.dtype), statistics, {})
+
+
+def is_chained(engine: Engine) -> TypeGuard[Chained]:
+    """Whether an engine is one of chains."""
+    return isinstance(engine, ChainEngine | ChainTraceEngine)
 
 
 def log_prior(plan: Plan, params: Params) -> Tensor:
@@ -231,6 +304,15 @@ class MixtureEngine:
 
     mixture: Mixture
     chunks: Iterable[Rows]
+
+    @property
+    def plan(self) -> Plan:
+        """How the parameters are updated."""
+        return self.mixture.plan
+
+    def over(self, chunks: Iterable[Rows], params: Params) -> Expected:
+        """The E-step on some rows."""
+        return expect(self.mixture, chunks, params)
 
     @property
     def description(self) -> str:
