@@ -9,7 +9,7 @@ from pyroem.errors import DataError, ModelError, PyroemError, SettingError
 from pyroem.estep.trace import Posterior
 from pyroem.families import Coordinate, Family, exponential_family, register_family
 from pyroem.fit import Fit
-from pyroem.gradient import MAP
+from pyroem.gradient import MAP, SVI
 from pyroem.loop import Record, Restart, Status
 from pyroem.stepwise import StepwiseEM
 
@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 __all__ = [
     "EM",
     "MAP",
+    "SVI",
     "Blocks",
     "Comparison",
     "Coordinate",

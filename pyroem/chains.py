@@ -149,6 +149,7 @@ def _chains_of(
                 plates[0],
                 tuple(n for n in sites.opening if touched[n] & names),
                 tuple(n for n in sites.following if touched[n] & names),
+                bool(roots),
             )
         )
     if not chains:

@@ -74,8 +74,15 @@ def check_observation(site: Site, partly: bool = False) -> Tensor | None:
     base, _, _ = unwrap(fn)
     mask = base_mask(site)
     if mask is not None:
+        own = tuple(mask.shape)
         mask = mask.reshape(mask.shape + (1,) * len(base.event_shape))
-        value, mask = torch.broadcast_tensors(value, mask)
+        try:
+            value, mask = torch.broadcast_tensors(value, mask)
+        except RuntimeError as error:
+            raise DataError(
+                f"Site '{name}': its mask has shape {own}, which does not fit data of shape"
+                f" {tuple(value.shape)}."
+            ) from error
     # A finite sum says the same of all its terms, and takes no memory.
     bad = torch.zeros(()).bool() if value.sum().isfinite() else ~value.isfinite()
     if mask is not None and not mask.any() and not partly:

@@ -83,7 +83,8 @@ def describe(
 def _on_loops(structure: Structure) -> list[str]:
     if structure.no_chain:
         return [f"Loop over time: unrolled, because {structure.no_chain}."]
-    return []
+    alone = [chain.name for chain in structure.chains if not chain.linked]
+    return [f"A step's '{name}' does not depend on the step before." for name in alone]
 
 
 def _shortened(items: Sequence[str]) -> list[str]:

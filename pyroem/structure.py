@@ -180,7 +180,8 @@ class Chain:
 
     Its first step is the site ``first``; all others together are the site ``step``, in the plate
     ``steps``. ``opening`` and ``following`` are the sites that hang on the chain in the first step
-    and in the others (the chain's own among them), and ``plates`` those of its sequences.
+    and in the others (the chain's own among them), and ``plates`` those of its sequences. Where it
+    is not ``linked``, no step depends on the one before.
     """
 
     name: str
@@ -192,6 +193,7 @@ class Chain:
     plates: tuple[str, ...]
     opening: tuple[str, ...]
     following: tuple[str, ...]
+    linked: bool = True
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch.distributions import constraints
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import pyroem
-from pyroem import EM, MAP, DataError, ModelError, SettingError, blocks
+from pyroem import EM, MAP, DataError, ModelError, SettingError, StepwiseEM, blocks
 
 SMALL = simulated(1000)
 INIT = {
@@ -319,3 +319,52 @@ def test_rows_and_blocks_without_any_value() -> None:
     assert fit.log_joint == pytest.approx(whole.log_joint, rel=1e-9)
     single = whole.log_prob(SMALL[:1], seen[:1])
     torch.testing.assert_close(single, whole.log_prob()[:1])
+
+
+# ---------------------------------------------------------------------------------------
+# Sequences
+
+
+def ragged_chains(x: Tensor, lengths: Tensor) -> None:
+    """Hidden Markov models of sequences of unequal lengths."""
+    transition = pyro.param(
+        "transition", torch.tensor([[0.7, 0.3], [0.3, 0.7]]), constraint=constraints.simplex
+    )
+    rate = pyro.param("rate", torch.tensor([1.0, 4.0]), constraint=constraints.positive)
+    with pyro.plate("sequences", len(x)):
+        z: Any = 0
+        for t in pyroem.markov(x.shape[1]):
+            with poutine.mask(mask=t < lengths):
+                z = pyro.sample(f"z_{t}", dist.Categorical(transition[z]))
+                pyro.sample(f"x_{t}", dist.Poisson(rate[z]), obs=x[:, t])
+
+
+def ragged_data() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(0, 9, (300,), generator=generator)
+    rates = torch.tensor([1.0, 6.0])[torch.randint(2, (300, 1), generator=generator)]
+    return torch.poisson(rates.expand(300, 8), generator=generator).double(), lengths
+
+
+def test_sequences_in_blocks() -> None:
+    """Also where each block is padded to a length of its own."""
+    x, lengths = ragged_data()
+    weights = torch.rand(300, generator=torch.Generator().manual_seed(1))
+
+    def own_lengths() -> Iterator[tuple[Tensor, Tensor]]:
+        for i in range(0, 300, 50):
+            longest = int(lengths[i : i + 50].max())
+            yield x[i : i + 50, :longest], lengths[i : i + 50]
+
+    whole = EM(max_iter=10).fit(ragged_chains, x, lengths, weights=weights)
+    for source in (blocks((x.numpy(), lengths.numpy()), rows=70), blocks(own_lengths)):
+        fit = EM(max_iter=10).fit(ragged_chains, source, weights=weights)
+        assert fit.log_likelihood == pytest.approx(whole.log_likelihood, rel=1e-12)
+        for name, value in whole.params.items():
+            torch.testing.assert_close(fit.params[name], value, rtol=1e-9, atol=1e-9)
+        assert torch.equal(fit.predict(x[:9], lengths[:9]), whole.predict(x[:9], lengths[:9]))
+        with pytest.raises(ModelError, match="in blocks"):
+            fit.predict()
+    stepwise = StepwiseEM(batch=30).fit(ragged_chains, x, lengths)
+    best = EM().fit(ragged_chains, x, lengths, init=stepwise)
+    assert (best.log_likelihood - stepwise.log_likelihood) / 300 < 0.01

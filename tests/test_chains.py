@@ -20,12 +20,13 @@ from torch import Tensor
 from torch.distributions import constraints
 
 import pyroem
-from pyroem import EM, Fit, ModelError, SettingError
+from pyroem import EM, MAP, SVI, DataError, Fit, ModelError, SettingError, datasets
 from pyroem._pyro import isolated
 from pyroem.estep import scan
 from pyroem.estep.scan import Chains, Smoothed, smooth
 from pyroem.estep.trace import posterior
 from pyroem.problem import pose
+from pyroem.structure import Held
 
 BY_NAME = {p.name: p for p in PROBLEMS}
 DOUBLE: Any = {"dtype": torch.float64}
@@ -706,3 +707,245 @@ def test_hmmlearn_mixture_emissions(count: int) -> None:
             fit.params[name], torch.as_tensor(value), rtol=1e-8, atol=1e-8, msg=name
         )
     assert fit.log_likelihood == pytest.approx(theirs.score(rows, LENGTHS), rel=1e-10)
+
+
+# ---------------------------------------------------------------------------------------
+# Gradients
+
+
+def test_em_map_and_svi_on_one_chain() -> None:
+    x = sticky_data(80)
+    init = {"loc": [0.0, 2.0]}
+    solvers = {
+        "EM": EM(tol=1e-10),
+        "L-BFGS": MAP(tol=1e-10),
+        "Adam": MAP("adam", lr=0.05),
+        "SVI": SVI(max_iter=800),
+    }
+    table = pyroem.compare(gaussian_chain, x, solvers=solvers, init=init)
+    best = table.fits["EM"].log_joint
+    for name, fit in table.fits.items():
+        assert fit.log_joint == pytest.approx(best, abs=1e-2), name
+        assert "matrix products" in fit.explain()
+    assert table.fits["L-BFGS"].log_joint == pytest.approx(best, abs=1e-6)
+
+
+def test_svi_is_pyros_own_step_for_step() -> None:
+    x, steps = sticky_data(12), 30
+    start = {n: p.value for n, p in pose(gaussian_chain, (x,), {}).structure.parameters.items()}
+    start["loc"] = torch.tensor([0.0, 2.0], **DOUBLE)
+    options = {"lr": 0.02, "lrd": 1.0, "clip_norm": 1e9}
+    solver = SVI(
+        max_iter=steps, lr=0.02, decay=1.0, options={"clip_norm": 1e9}, tol=0.0, param_tol=0.0
+    )
+    ours = solver.fit(gaussian_chain, x, init=start)
+    with pyro.get_param_store().scope(), pyro.validation_enabled(False):
+        for name, value in start.items():
+            positive = constraints.positive if name == "scale" else constraints.real
+            simplex = constraints.simplex if name in ("initial", "transition") else positive
+            pyro.param(name, value.clone(), constraint=simplex)
+        svi = pyro.infer.SVI(
+            pyro.infer.config_enumerate(gaussian_chain),
+            lambda x: None,
+            pyro.optim.ClippedAdam(options),
+            pyro.infer.TraceEnum_ELBO(max_plate_nesting=0),
+        )
+        values = [-svi.step(x) for _ in range(steps + 1)]
+    history = [record.log_joint for record in ours.history]
+    np.testing.assert_allclose(history, values[: len(history)], rtol=1e-6)
+    assert len(history) == steps + 1
+
+
+# ---------------------------------------------------------------------------------------
+# The earthquakes, as in Zucchini, MacDonald and Langrock, Hidden Markov Models for Time Series
+
+
+def earthquakes() -> Tensor:
+    columns, values = datasets.load("earthquakes")
+    return values[:, columns.index("count")]
+
+
+def poisson_chain(x: Tensor, k: int, stationary: bool) -> None:
+    stay = 0.8 * torch.eye(k) + 0.2 / k
+    transition = pyro.param("transition", stay, constraint=constraints.simplex)
+    levels = torch.linspace(10, 30, k) if k > 1 else torch.tensor([20.0])
+    rate = pyro.param("rate", levels, constraint=constraints.positive)
+    if stationary:
+        ones = torch.ones(k, k)
+        initial = torch.linalg.solve((torch.eye(k) - transition + ones).mT, ones[0])
+    else:
+        initial = pyro.param("initial", torch.ones(k) / k, constraint=constraints.simplex)
+    z = None
+    for t in pyro.markov(range(len(x))):
+        z = pyro.sample(f"z_{t}", dist.Categorical(initial if z is None else transition[z]))
+        pyro.sample(f"x_{t}", dist.Poisson(rate[z]), obs=x[t])
+
+
+@pytest.mark.parametrize(
+    ("k", "stationary", "wanted", "rates"),
+    [
+        (1, True, -391.9189, [19.364]),
+        (2, True, -342.3183, [15.472, 26.125]),
+        (3, True, -329.4603, [13.146, 19.721, 29.714]),
+        (4, True, -327.8316, [11.283, 13.853, 19.695, 29.700]),
+        (2, False, -341.8787, [15.421, 26.018]),
+        (3, False, -328.5275, [13.134, 19.713, 29.710]),
+    ],
+)
+def test_published_fits(k: int, stationary: bool, wanted: float, rates: list[float]) -> None:
+    fit = EM(tol=1e-9, max_iter=3000).fit(poisson_chain, earthquakes(), k, stationary)
+    assert fit.log_likelihood == pytest.approx(wanted, abs=1e-4)
+    found = fit.params["rate"].sort().values
+    np.testing.assert_allclose(found.numpy(), rates, atol=2e-3)
+    assert fit.df == k * k if stationary else k * k + k - 1
+
+
+# ---------------------------------------------------------------------------------------
+# Priors, zeros, ties
+
+
+def test_sticky_rows_and_zeros() -> None:
+    """Dirichlet rows with a bonus for staying; entries of zero stay zero."""
+
+    def left_to_right(x: Tensor) -> None:
+        ahead = torch.tensor([[10.0, 2.0, 1.0], [1.0, 10.0, 2.0], [1.0, 1.0, 10.0]])
+        transition = pyro.sample("transition", dist.Dirichlet(ahead).to_event(1))
+        loc = pyro.param("loc", torch.tensor([0.0, 1.0, 2.0]))
+        z: Any = 0
+        for t in pyroem.markov(len(x)):
+            z = pyro.sample(f"z_{t}", dist.Categorical(transition[z]))
+            pyro.sample(f"x_{t}", dist.Normal(loc[z], 0.5), obs=x[t])
+
+    x = torch.tensor([0.1, -0.2, 0.0, 1.1, 0.9, 1.2, 2.2, 1.9, 2.0, 2.1], **DOUBLE)
+    start = torch.tensor([[0.7, 0.3, 0.0], [0.0, 0.7, 0.3], [0.0, 0.0, 1.0]], **DOUBLE)
+    held = Held("transition", start == 0, start)
+    fit = EM(tol=1e-10, fixed=[held]).fit(left_to_right, x, init={"transition": start})
+    found = fit.params["transition"]
+    assert bool((found[start == 0] == 0).all())
+    torch.testing.assert_close(found.sum(-1), torch.ones(3, **DOUBLE))
+    by_gradient = MAP(tol=1e-10, fixed=[held]).fit(left_to_right, x, init={"transition": start})
+    assert fit.log_joint == pytest.approx(by_gradient.log_joint, abs=1e-6)
+    assert fit.predict().tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 2]
+
+
+# ---------------------------------------------------------------------------------------
+# What users get wrong
+
+
+def sequences(x: Tensor, lengths: Tensor) -> None:
+    initial = pyro.param("initial", torch.ones(2) / 2, constraint=constraints.simplex)
+    transition = pyro.param("transition", torch.ones(2, 2) / 2, constraint=constraints.simplex)
+    loc = pyro.param("loc", torch.tensor([-1.0, 1.0]))
+    with pyro.plate("sequences", len(x)):
+        z = None
+        for t in pyroem.markov(x.shape[1]):
+            with poutine.mask(mask=t < lengths):
+                probs = initial if z is None else transition[z]
+                z = pyro.sample(f"z_{t}", dist.Categorical(probs))
+                pyro.sample(f"x_{t}", dist.Normal(loc[z], 1.0), obs=x[:, t])
+
+
+def test_sequences_of_length_one_and_none() -> None:
+    """They count for what is seen of them."""
+    x = torch.randn(6, 7, generator=seeded(), **DOUBLE) + torch.tensor([[-2.0], [2.0]]).repeat(3, 1)
+    lengths = torch.tensor([7, 1, 0, 4, 0, 1])
+    fit = EM().fit(sequences, x, lengths)
+    rows = fit.log_prob()
+    assert abs(float(rows[2])) < 1e-12
+    kept = lengths > 0
+    without = EM().fit(sequences, x[kept], lengths[kept])
+    assert fit.log_likelihood == pytest.approx(without.log_likelihood)
+    for name, value in without.params.items():
+        torch.testing.assert_close(fit.params[name], value)
+    spoilt = x.clone()
+    spoilt[1, 3] = torch.nan  # beyond the end: it is not looked at
+    assert EM().fit(sequences, spoilt, lengths).log_likelihood == pytest.approx(fit.log_likelihood)
+    spoilt[0, 3] = torch.nan
+    with pytest.raises(DataError, match=r"'x_1'.*nan at index \(2, 0\)"):
+        EM().fit(sequences, spoilt, lengths)
+    with pytest.raises(DataError, match=r"its mask has shape \(4,\)"):
+        EM().fit(sequences, x, lengths[:4])
+    with pytest.raises(DataError, match="every cell is masked"):
+        EM().fit(sequences, x, 0 * lengths)
+
+
+def test_a_single_chain_with_a_hole() -> None:
+    def with_hole(x: Tensor) -> None:
+        transition, loc = states(x)
+        seen = x.isfinite()
+        z: Any = 0
+        for t in pyroem.markov(len(x)):
+            z = pyro.sample(f"z_{t}", dist.Categorical(transition[z]))
+            with poutine.mask(mask=seen[t]):
+                pyro.sample(f"x_{t}", dist.Normal(loc[z], 1.0), obs=x[t])
+
+    x = sticky_data(20)
+    x[[0, 5, 6, 19]] = torch.nan
+    fit = EM(max_iter=5).fit(with_hole, x)
+    unrolled = EM(max_iter=5, engine="trace").fit(with_hole, x)
+    # What is missing at the end is left out of the statistics: another path to the same optimum.
+    assert fit.history[0].log_joint == pytest.approx(unrolled.history[0].log_joint)
+    assert bool(fit.responsibilities().isfinite().all())
+    ends = [EM(tol=1e-11, engine=e).fit(with_hole, x).log_likelihood for e in ("auto", "trace")]
+    assert ends[0] == pytest.approx(ends[1], abs=1e-6)
+
+
+def test_states_that_nothing_visits() -> None:
+    """Their rows stay as they are; the fit says which state holds no data."""
+    x = torch.cat([torch.zeros(20, **DOUBLE), torch.full((20,), 5.0, **DOUBLE)])
+    x = x + 0.1 * torch.randn(40, generator=seeded(), **DOUBLE)
+    start = {
+        "initial": [1.0, 0.0, 0.0],
+        "transition": [[0.9, 0.1, 0.0], [0.1, 0.9, 0.0], [0.2, 0.3, 0.5]],
+        "loc": [0.0, 5.0, 50.0],
+    }
+    fit = EM(fixed=("scale",)).fit(gaussian_chain, x, 3, init=start)
+    assert "state 2 of assignment 'z_0" in fit.message
+    assert all(bool(value.isfinite().all()) for value in fit.params.values())
+    torch.testing.assert_close(fit.params["transition"][2], torch.tensor([0.2, 0.3, 0.5], **DOUBLE))
+
+
+def test_states_without_dependence() -> None:
+    """A chain that forgets is a mixture; it is fitted as what it says."""
+
+    def forgetful(x: Tensor) -> None:
+        weights = pyro.param("weights", torch.tensor([0.3, 0.7]), constraint=constraints.simplex)
+        loc = pyro.param("loc", torch.tensor([-1.0, 1.0]))
+        for t in pyroem.markov(len(x)):
+            z = pyro.sample(f"z_{t}", dist.Categorical(weights))
+            pyro.sample(f"x_{t}", dist.Normal(loc[z], 1.0), obs=x[t])
+
+    def mixture(x: Tensor) -> None:
+        weights = pyro.param("weights", torch.tensor([0.3, 0.7]), constraint=constraints.simplex)
+        loc = pyro.param("loc", torch.tensor([-1.0, 1.0]))
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Categorical(weights))
+            pyro.sample("x", dist.Normal(loc[z], 1.0), obs=x)
+
+    x = sticky_data(50)
+    a, b = EM().fit(forgetful, x), EM().fit(mixture, x)
+    assert a.log_likelihood == pytest.approx(b.log_likelihood)
+    assert "does not depend on the step before" in a.explain()
+
+
+def test_weights_of_sequences_and_of_one_chain() -> None:
+    (x,) = BY_NAME["chain_sequences"].data
+    program, params = BY_NAME["chain_sequences"].model, BY_NAME["chain_sequences"].params
+    twice = EM(max_iter=4).fit(program, torch.cat([x, x[:20]]), init=params)
+    weights = torch.ones(60)
+    weights[:20] = 2
+    weighted = EM(max_iter=4).fit(program, x, init=params, weights=weights)
+    assert weighted.log_likelihood == pytest.approx(twice.log_likelihood)
+    assert weighted.icl() == pytest.approx(twice.icl())
+    with pytest.raises(SettingError, match="no plate of independent rows"):
+        EM().fit(gaussian_chain, sticky_data(9), weights=torch.ones(9))
+
+
+def test_single_precision() -> None:
+    x = sticky_data(200)
+    double = EM(max_iter=5).fit(gaussian_chain, x, init={"loc": [0.0, 2.0]})
+    single = EM(max_iter=5, dtype=torch.float32).fit(gaussian_chain, x, init={"loc": [0.0, 2.0]})
+    assert single.params["loc"].dtype == torch.float32
+    torch.testing.assert_close(
+        single.params["loc"].double(), double.params["loc"], rtol=0, atol=1e-3
+    )

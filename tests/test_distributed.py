@@ -79,6 +79,24 @@ def all_but_one(own: Own) -> Tensor:
     return MANY[slice(0 if first else -1 if last else len(MANY), None if last else -1)]
 
 
+def sequences(x: Tensor, lengths: Tensor) -> None:
+    """Hidden Markov models of sequences of unequal lengths."""
+    transition = pyro.param(
+        "transition", torch.tensor([[0.7, 0.3], [0.3, 0.7]]), constraint=constraints.simplex
+    )
+    loc = pyro.param("loc", torch.tensor([98.0, 103.0]))
+    with pyro.plate("sequences", len(x)):
+        z: Any = 0
+        for t in pyroem.markov(x.shape[1]):
+            with pyro.poutine.mask(mask=t < lengths):
+                z = pyro.sample(f"z_{t}", dist.Categorical(transition[z]))
+                pyro.sample(f"x_{t}", dist.Normal(loc[z], 1.0), obs=x[:, t])
+
+
+RAGGED = X[:, 0].reshape(70, 10)
+LENGTHS = torch.arange(70) % 9 + 2
+
+
 def drifting(x: Tensor, scale: float) -> None:
     """A program with a constant, which the processes may have computed from their own rows."""
     loc = pyro.param("loc", torch.tensor([98.0, 103.0]))
@@ -115,6 +133,12 @@ FITS: dict[str, Callable[..., Fit]] = {
     "large": lambda own, **s: EM().fit(mixture, own(MANY), init=FAR, **s),
     "one row": lambda own, **s: EM().fit(mixture, all_but_one(own), init=FAR, **s),
     "large auto": lambda own, **s: EM().fit(mixture, own(MANY), **s),
+    "sequences": lambda own, **s: EM(max_iter=20).fit(
+        sequences, own(RAGGED), own(LENGTHS), weights=own(WEIGHTS[:70]), **s
+    ),
+    "sequences in blocks": lambda own, **s: EM(max_iter=20).fit(
+        sequences, blocks((own(RAGGED), own(LENGTHS)), rows=20), **s
+    ),
     "single precision": lambda own, **s: EM(dtype=torch.float32).fit(
         mixture, own(X), init=INIT, **s
     ),
