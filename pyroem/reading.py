@@ -37,8 +37,8 @@ from pyroem.checks import (
     check_plates,
     kind_of,
 )
-from pyroem.errors import ModelError, SettingError
-from pyroem.structure import Chain, Parameter, Params, Structure, known_part
+from pyroem.errors import DataError, ModelError, SettingError
+from pyroem.structure import Chain, Parameter, Params, Structure, base_mask, known_part
 
 FEWEST = 8  # steps
 MOST_UNROLLED = 5000  # steps of a loop by pyroem.markov that are read one after the other
@@ -204,6 +204,13 @@ def _read(
         filled = check_observation(nodes[name], partly=partly)
         if filled is not None:
             fill[name] = filled
+    steps_seen = [n for n in kinds.observations if in_markov(nodes[n])]
+    masks = [base_mask(nodes[n]) for n in steps_seen]
+    if masks and not part and all(m is not None and not m.any() for m in masks):
+        raise DataError(
+            f"Site '{steps_seen[0]}': every cell is masked, at all steps; there is nothing to fit"
+            " to."
+        )
     program = replace(program, modules=modules, fill=fill, cast=cast or cast_again)
     nesting = _nesting(nodes)
     factor_sites = {*kinds.observations, *kinds.assignments}
