@@ -229,8 +229,9 @@ class Structure:
     def num_rows(self) -> int:
         """The number of independent rows; observation sites where no plate makes rows."""
         if not self.unit_shape:
-            repeats = {n: c.length - 1 for c in self.chains for n in c.following}
-            return max(1, sum(repeats.get(n, 1) for n in self.observations))
+            steps = {chain.steps: chain.length - 1 for chain in self.chains}
+            own = [[steps[p] for p in self.plates[n] if p in steps] for n in self.observations]
+            return max(1, sum(counts[0] if counts else 1 for counts in own))
         return int(torch.Size(self.unit_shape).numel())
 
     def values(self, params: Mapping[str, Any]) -> Params:

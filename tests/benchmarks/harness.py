@@ -138,7 +138,16 @@ def machine() -> str:
             clock = time.perf_counter()
             matrix @ matrix
             rates[name] = max(rates[name], 2 * 2.5**3 / (time.perf_counter() - clock))
-    for package in ("torch", "pyro-ppl", "numpy", "scikit-learn", "pomegranate", "stepmix"):
+    for package in (
+        "torch",
+        "pyro-ppl",
+        "numpy",
+        "scikit-learn",
+        "hmmlearn",
+        "numba",
+        "pomegranate",
+        "stepmix",
+    ):
         try:
             versions.append(f"{package} {metadata.version(package)}")
         except metadata.PackageNotFoundError:

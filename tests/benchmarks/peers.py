@@ -117,6 +117,34 @@ def stepmix_classes(x: Tensor, start: Params, iterations: int) -> Run:
     return Run(seconds, whole, model.n_iter_, tensors, model.score(x.numpy()))
 
 
+def hmmlearn_chain(
+    rows: Tensor, lengths: Tensor | None, start: Params, iterations: int, implementation: str
+) -> Run:
+    """hmmlearn's ``GaussianHMM`` with diagonal covariances; no priors."""
+    hmm = pytest.importorskip("hmmlearn.hmm")
+
+    class Clocked(hmm.GaussianHMM):  # type: ignore[misc]
+        def _do_estep(self, *args: Any) -> Any:
+            self.stamps = [*getattr(self, "stamps", []), time.perf_counter()]
+            return super()._do_estep(*args)
+
+    model = Clocked(
+        len(start["initial"]), "diag", min_covar=0, covars_prior=0, covars_weight=1,
+        n_iter=iterations, tol=-float("inf"), init_params="", implementation=implementation,
+    )  # fmt: skip
+    model.startprob_, model.transmat_ = start["initial"].numpy(), start["transition"].numpy()
+    model.means_, model.covars_ = start["loc"].numpy(), start["scale"].numpy() ** 2
+    data, sizes = rows.numpy(), None if lengths is None else lengths.numpy()
+    clock = time.perf_counter()
+    model.fit(data, sizes)
+    whole = time.perf_counter() - clock
+    found = {"initial": model.startprob_, "transition": model.transmat_, "loc": model.means_}
+    params = {name: torch.from_numpy(value) for name, value in found.items()}
+    params["scale"] = torch.from_numpy(model._covars_).sqrt()
+    value = model.score(data, sizes) / (len(rows) if sizes is None else len(sizes))
+    return Run(lap(model.stamps), whole, iterations, params, value)
+
+
 def svi_losses(
     program: Any, data: tuple[Any, ...], start: Params, hide: Iterable[str], lr: float
 ) -> Iterator[float]:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+import pyroem
+
 Params = dict[str, Tensor]
 Program = Callable[[Tensor], None]
 
@@ -56,6 +58,60 @@ def latent_classes(k: int) -> Program:
             pyro.sample("x", dist.Bernoulli(probs[z]).to_event(1), obs=x)
 
     return program
+
+
+def gaussian_chain(k: int) -> Program:
+    """A hidden Markov model with a diagonal Gaussian for each state."""
+
+    def program(x: Tensor) -> None:
+        even = x.new_ones(k, k) / k
+        initial = pyro.param("initial", even[0], constraint=constraints.simplex)
+        transition = pyro.param("transition", even, constraint=constraints.simplex)
+        loc = pyro.param("loc", lambda: torch.randn(k, x.shape[-1], dtype=x.dtype))
+        scale = pyro.param("scale", x.new_ones(k, x.shape[-1]), constraint=constraints.positive)
+        z = None
+        for t in pyroem.markov(len(x)):
+            z = pyro.sample(f"z_{t}", dist.Categorical(initial if z is None else transition[z]))
+            pyro.sample(f"x_{t}", dist.Normal(loc[z], scale[z]).to_event(1), obs=x[t])
+
+    return program
+
+
+def ragged_chains(k: int) -> Callable[[Tensor, Tensor], None]:
+    """The same for padded sequences."""
+
+    def program(x: Tensor, lengths: Tensor) -> None:
+        even = x.new_ones(k, k) / k
+        initial = pyro.param("initial", even[0], constraint=constraints.simplex)
+        transition = pyro.param("transition", even, constraint=constraints.simplex)
+        loc = pyro.param("loc", lambda: torch.randn(k, x.shape[-1], dtype=x.dtype))
+        scale = pyro.param("scale", x.new_ones(k, x.shape[-1]), constraint=constraints.positive)
+        with pyro.plate("sequences", len(x)):
+            z = None
+            for t in pyroem.markov(x.shape[1]):
+                with pyro.poutine.mask(mask=t < lengths):
+                    probs = initial if z is None else transition[z]
+                    z = pyro.sample(f"z_{t}", dist.Categorical(probs))
+                    pyro.sample(f"x_{t}", dist.Normal(loc[z], scale[z]).to_event(1), obs=x[:, t])
+
+    return program
+
+
+def chain_rows(steps: int, d: int, k: int) -> tuple[Tensor, Params]:
+    """One sequence whose states stay for about ten steps, and a start."""
+    options: Any = {"generator": torch.Generator().manual_seed(0), "dtype": torch.float64}
+    centres = 1.5 * torch.randn(k, d, **options)
+    moves = torch.rand(steps, **options) < 0.1
+    drawn = torch.randint(k, (steps,), generator=options["generator"])
+    z = drawn[torch.where(moves, torch.arange(steps), 0).cummax(0).values]
+    transition = 0.8 * torch.eye(k, dtype=torch.float64) + 0.2 / k
+    start = {
+        "initial": torch.full((k,), 1 / k, dtype=torch.float64),
+        "transition": transition,
+        "loc": centres + 0.3 * torch.randn(k, d, **options),
+        "scale": torch.full((k, d), 1.3, dtype=torch.float64),
+    }
+    return centres[z] + torch.randn(steps, d, **options), start
 
 
 def gaussian_rows(n: int, d: int, k: int, apart: float = 3.0) -> tuple[Tensor, Params]:
