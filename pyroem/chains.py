@@ -6,9 +6,8 @@ assignment of a step depends on that of the step before, and on no other.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import takewhile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -31,7 +30,7 @@ from pyroem._pyro import (
 )
 from pyroem.structure import Chain, Parameter, quoted
 
-FIRST = 4  # steps of a loop that are compared with those that ran as one
+FIRST = 24  # steps of a loop that are compared with those that ran as one
 ALMOST = 1e-8
 
 
@@ -97,7 +96,15 @@ def find_chains(run: Enumerated, assignments: Iterable[str], loops: Loops) -> tu
             if foreign:
                 raise LoopError(f"site '{name}' depends on {quoted(foreign)}, outside its loop")
         chains += _chains_of(run, own, touched, loops, number)
-    return tuple(chains)
+    return tuple(_named_apart(chains))
+
+
+def _named_apart(chains: list[Chain]) -> Iterator[Chain]:
+    """The chains, under their full names where the short ones are not theirs alone."""
+    names = [chain.name for chain in chains]
+    for chain in chains:
+        own = chain.name if names.count(chain.name) == 1 else chain.first
+        yield replace(chain, name=own)
 
 
 def _chains_of(
@@ -105,10 +112,14 @@ def _chains_of(
 ) -> list[Chain]:
     first = [n for n in sites.opening if n in run.states]
     later = [n for n in sites.following if n in run.states]
-    if len(first) != len(later):
+    pairs = pairs_by_name(first, later)
+    if not len(pairs) == len(first) == len(later):
         raise LoopError(
             f"its first step has assignments {quoted(first) or 'none'}, the next {quoted(later)}"
         )
+    if not pairs:
+        raise LoopError("it has no assignment")
+    first, later = [a for a, _ in pairs], [b for _, b in pairs]
     place = {name: i for names in (first, later) for i, name in enumerate(names)}
     groups: list[set[int]] = [{i} for i in range(len(first))]
     for name in (*sites.opening, *sites.following):
@@ -149,6 +160,7 @@ def _chains_of(
                 plates[0],
                 tuple(n for n in sites.opening if touched[n] & names),
                 tuple(n for n in sites.following if touched[n] & names),
+                tuple((first[i], later[i]) for i in sorted(group) if i != root),
                 bool(roots),
             )
         )
@@ -170,12 +182,34 @@ def _states(run: Enumerated, z: str) -> int:
 
 def stem(a: str, b: str) -> str:
     """What the names of the two steps have in common: ``z`` of ``z_0`` and ``z_1``."""
-    common = "".join(
-        x for x, _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))
-    )
-    while common and not common[-1].isalnum():
-        common = common[:-1]
-    return common or a
+    same = [x == y for x, y in zip(a, b, strict=False)]
+    first = same.index(False) if False in same else len(same)
+    last = 0
+    while last < min(len(a), len(b)) - first and a[len(a) - 1 - last] == b[len(b) - 1 - last]:
+        last += 1
+    before, after = a[:first], a[len(a) - last :] if last else ""
+    while before and not before[-1].isalnum():
+        before = before[:-1]
+    while not before and after and not after[0].isalnum():
+        after = after[1:]
+    return before + after or a
+
+
+def pairs_by_name(first: Sequence[str], later: Sequence[str]) -> list[tuple[str, str]]:
+    """The sites of the first step with those of the next, that are called ``1`` instead of ``0``.
+
+    Where names do not tell, their order does. What has no partner is left out.
+    """
+    found = {}
+    for a in first:
+        places = [i for i, letter in enumerate(a) if letter == "0"]
+        named = [b for b in (a[:i] + "1" + a[i + 1 :] for i in places) if b in later]
+        if named:
+            found[a] = named[0]
+    rest = ([a for a in first if a not in found], [b for b in later if b not in found.values()])
+    if len(rest[0]) == len(rest[1]):
+        found.update(zip(*rest, strict=True))
+    return [(a, found[a]) for a in first if a in found]
 
 
 def check_steps(
@@ -208,6 +242,10 @@ def check_steps(
         at = step_of(own.trace.nodes[name])
         if at is not None:
             theirs.setdefault(at, []).append(name)
+    for name in own.factors:
+        outside = name in run.factors and step_of(own.trace.nodes[name]) is None
+        if outside and not torch.equal(own.factors[name].tensor, run.factors[name].tensor):
+            raise LoopError(f"site '{name}', outside the loop, depends on what the loop made")
     for (loop, step), names in theirs.items():
         partners = ours.get((loop, min(step, 1)), [])
         if len(partners) != len(names):
@@ -239,7 +277,7 @@ def _one_by_one(
             continue
         if site["type"] == "param":
             raise LoopError(f"parameter '{name}' belongs to some steps only")
-        if site["type"] == "sample" and not is_deterministic(site) and step_of(site) is not None:
+        if site["type"] == "sample" and not is_deterministic(site):
             names.add(name)
     return enumerated(program, point, nesting, frozenset(names), reader())
 

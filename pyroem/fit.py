@@ -237,11 +237,14 @@ class Fit:
         if overlap and before is None:
             raise SettingError("filter: overlap=True needs the state of the past.")
         structure = self._chains("filter", args, kwargs)
-        alike = sequences.steps_alike(self.problem.plan)
-        return sequences.filtered(structure, self._potentials(structure), before, overlap, alike)
+        if before is not None:
+            sequences.check_going_on(self.problem.plan, overlap)
+        return sequences.filtered(structure, self._potentials(structure), before, overlap)
 
     def forecast(self, steps: int, *args: Any, **kwargs: Any) -> Forecast:
         """The states and the observations of the ``steps`` after the end of each sequence.
+
+        The end is the last step of which anything is seen.
 
         Raises:
         ------
@@ -252,19 +255,23 @@ class Fit:
             raise SettingError(f"forecast: steps must be a positive integer, got {steps!r}.")
         structure = self._chains("forecast", args, kwargs)
         run, potentials = self._run(structure), self._potentials(structure)
-        return sequences.forecast(structure, run, potentials, steps)
+        varying = sequences.varying_steps(self.problem.plan)
+        with isolated(structure.program.dtype, 0), torch.no_grad():
+            return sequences.forecast(structure, run, potentials, steps, varying)
 
     def residuals(self, *args: Any, kind: str = "forecast", **kwargs: Any) -> dict[str, Tensor]:
         """Pseudo-residuals of a chain's observations: normal if the model is right.
 
         The normal quantile of ``P(X_t <= x_t)`` given what was seen before (``"forecast"``), or
         given all other steps (``"ordinary"``); of counts and categories the middle between that and
-        ``P(X_t < x_t)``.
+        ``P(X_t < x_t)``. NaN where nothing is seen.
 
         Source: Zucchini, MacDonald and Langrock (2016), chapter 6.
         """
         structure = self._chains("residuals", args, kwargs)
-        return sequences.residuals(structure, self._run(structure), kind)
+        run = self._run(structure)
+        with isolated(structure.program.dtype, 0), torch.no_grad():
+            return sequences.residuals(structure, run, kind)
 
     def log_prob(self, *args: Any, **kwargs: Any) -> Tensor:
         """The log-likelihood of each row (of each element of the rows' plates).
@@ -283,19 +290,27 @@ class Fit:
                 found = row_log_likelihoods(*kernel, self.params)
                 return self._in_plates({"": found}, args, kwargs)[""]
         structure = self._structure(args, kwargs)
-        chained = {n for c in structure.chains for n in (*c.opening, *c.following)}
-        if structure.chains and complete and structure.factor_sites <= chained:
-            found = decode.log_likelihoods(structure, self._potentials(structure))
-            return found.expand(structure.unit_shape)
-        with isolated(structure.program.dtype, 0), torch.no_grad():
-            trace = structure.enumerate(self.params)
-            rows, alone = trace.row_log_likelihood(trace.tensors(), structure.unit)
+        if structure.chains:
+            alone = all(set(structure.unit) <= set(chain.plates) for chain in structure.chains)
+            rows = self._by_sequence(structure) if alone else torch.zeros(())
+        else:
+            with isolated(structure.program.dtype, 0), torch.no_grad():
+                trace = structure.enumerate(self.params)
+                rows, alone = trace.row_log_likelihood(trace.tensors(), structure.unit)
         if not (complete and alone):
             raise ModelError(
                 "log_prob: the rows are not independent given the parameters, because some site"
                 " outside their plate ties them together. Use log_likelihood."
             )
         return rows.expand(structure.unit_shape)
+
+    def _by_sequence(self, structure: Structure) -> Tensor:
+        """The log-likelihood of each element of the unit's plates of a program with chains."""
+        found = decode.log_likelihoods(structure, self._potentials(structure))
+        chained = {n for c in structure.chains for n in (*c.opening, *c.following)}
+        if not structure.factor_sites <= chained:
+            found = found + decode.log_likelihoods_outside(structure, self._run(structure))
+        return found * float(self.problem.plan.reading.traces[0].scale)
 
     def sample(self, n: int | None = None, *, seed: int = 0) -> dict[str, Tensor]:
         """Draw assignments and observations from the fitted program.
@@ -364,7 +379,10 @@ class Fit:
         return self.df * math.log(rows) - 2 * self.log_likelihood
 
     def icl(self, rows: float | None = None) -> float:
-        """``bic + 2 H``, with ``H`` the posterior entropy of all assignments jointly."""
+        """``bic + 2 H``, with ``H`` the posterior entropy of all assignments jointly.
+
+        Of a chain the states up to the last step that shows anything count.
+        """
         if self.problem.everywhere is not None:
             raise SettingError(
                 "icl: the rows are spread over processes, and this one cannot tell the entropy of"

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from pyro.optim import PyroLRScheduler, PyroOptim
-from pyro.optim.clipped_adam import ClippedAdam
+from pyro.optim import PyroLRScheduler, PyroOptim, clipped_adam
 from torch import Tensor
 
 from pyroem.checkpoint import BusyError
@@ -189,7 +188,7 @@ class SVI(MAP):
         What the learning rate has fallen to after ``max_iter`` steps, as a share of ``lr``.
     """
 
-    optimizer: Any = field(default=ClippedAdam, kw_only=False)
+    optimizer: Any = field(default=clipped_adam.ClippedAdam, kw_only=False)
     decay: float = 0.1
     standardise: bool = False
     max_iter: int = 1000
@@ -202,12 +201,12 @@ class SVI(MAP):
             raise SettingError(f"SVI: decay must be a share of lr, above 0, got {self.decay!r}.")
 
     def _make(self, leaves: list[Tensor]) -> _Torch | _Pyro:
-        if self.optimizer is not ClippedAdam:
+        if self.optimizer is not clipped_adam.ClippedAdam:
             return super()._make(leaves)
         options = {"lr": 0.05, "lrd": self.decay ** (1 / self.max_iter), **self.options}
         if self.lr is not None:
             options["lr"] = self.lr
-        return _Torch(ClippedAdam(leaves, **options))
+        return _Torch(clipped_adam.ClippedAdam(leaves, **options))
 
 
 def _released(problem: Problem, params: Params) -> Params:

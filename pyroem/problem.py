@@ -143,7 +143,7 @@ class Problem:
         with isolated(structure.program.dtype, 0), torch.no_grad():
             if isinstance(engine, ChainEngine):
                 nodes = structure.program.run(params).nodes
-                chunk = sequences_of(structure, engine.parts, nodes)
+                chunk = sequences_of(structure, engine.parts, nodes, packed=False)
                 return replace(engine, structure=structure, chunks=[chunk])
             nodes = structure.enumerate(params).trace.nodes
         assert isinstance(engine, ChainTraceEngine)
@@ -316,7 +316,8 @@ def _pose_long(
             run = plan.reading.traces[0]
             lengths = {c.name: run.sizes(c.step)[c.steps] + 1 for c in structure.chains}
             few = tuple(replace(c, length=lengths[c.name]) for c in structure.chains)
-            _check_chains(sequences_of(replace(structure, chains=few), parts, run.trace.nodes))
+            structure = replace(structure, chains=few)
+            _check_chains(sequences_of(structure, parts, run.trace.nodes, packed=False))
     except PyroemError:
         return None  # what is wrong is found, and told, on all the data
     floors = variance_floors(structure, plan.blocks, floor)
@@ -334,8 +335,8 @@ def chain_engine(
         ends = {chain.name: lengths(structure, nodes, chain) for chain in structure.chains}
         return ChainTraceEngine(structure, plan, row_weights, ends, parts)
     with isolated(structure.program.dtype, 0), torch.no_grad():
+        _check_chains(sequences_of(structure, parts, nodes, packed=False))
         chunk = sequences_of(structure, parts, nodes, row_weights)
-        _check_chains(chunk)
     return ChainEngine(structure, plan, parts, [chunk])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -85,11 +86,11 @@ def read(
         return _read(program, part)
     try:
         if some_steps is not None:
-            widest = max(n["fn"].batch_shape.numel() for n in nodes.values() if _is_sample(n))
+            widest = max(math.prod(n["fn"].batch_shape) for n in nodes.values() if _is_sample(n))
             some_steps = max(some_steps // widest, FEWEST)
         return _read(program, part, reader.loops, _nesting(nodes), some_steps)
     except ModelError as error:  # one of the program itself will come again
-        reason = str(error)
+        reason = str(error).rstrip(".")
     longest = max(loop.length for loop in reader.loops)
     if any(loop.stated for loop in reader.loops) and longest > MOST_UNROLLED:
         raise ModelError(
@@ -246,7 +247,8 @@ def _read(
             alone = replace(program, loops=None, fill={})
             check_steps(alone, loops, program.loops, run, point, parameters, nesting)
     if found:
-        unit = tuple(p for p in found[0].plates if all(p in chain.plates for chain in found))
+        members = [chain.plates for chain in found if chain.plates] or [()]
+        unit = tuple(p for p in members[0] if all(p in own for own in members))
     else:
         unit = _unit(plates, [n for n in states if n not in kinds.imputed], kinds.observations)
     sizes = {

@@ -15,14 +15,15 @@ import torch
 from pyro import distributions as dist
 from torch import Tensor
 
-from pyroem._pyro import Enumerated, arranged, plate_frames, unwrap
-from pyroem.chains import stem
+from pyroem._pyro import COUNTED, Enumerated, arranged, plate_frames, unwrap
+from pyroem.chains import pairs_by_name, stem
 from pyroem.errors import ModelError, SettingError
 from pyroem.estep import decode
-from pyroem.estep.chain import Joined, Potentials, join
+from pyroem.estep.chain import Joined, Potentials, join, lengths
 from pyroem.estep.scan import Chains, draw_paths, filtering, predicted, recursions
 from pyroem.mstep.plan import Plan
-from pyroem.structure import Chain, Params, Structure
+from pyroem.mstep.sites import SiteModel
+from pyroem.structure import Chain, Params, Structure, base_mask
 
 MOST_COUNTS = 100_000  # values of a count whose probabilities are added up
 
@@ -70,27 +71,51 @@ class Forecast:
         return {name: d.mean for name, d in self.observations.items()}
 
 
+def public_names(structure: Structure) -> dict[str, str]:
+    """What the sites of chains are called in results, by their names in the first step.
+
+    What their names in the two steps have in common; their full names where that is not unique.
+    """
+    pairs = [pair for chain in structure.chains for pair in decode.partners(chain)]
+    pairs += [(a, b) for c in structure.chains for _, a, b in _observed(structure, c) if a and b]
+    short = {a: stem(a, b) for a, b in pairs}
+    short.update({chain.first: chain.name for chain in structure.chains})
+    names = list(short.values())
+    return {a: name if names.count(name) == 1 else a for a, name in short.items()}
+
+
 def named(structure: Structure, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What :mod:`~pyroem.estep.decode` found, by the names of the chains, plates first."""
-    result = {}
-    for chain in structure.chains:
-        for first, later in decode.partners(structure, chain):
-            name = chain.name if later == chain.step else stem(first, later)
-            result[name] = found[later].movedim(0, len(chain.plates))
-    return result
+    names = public_names(structure)
+    return {
+        names[first]: found[later].movedim(0, len(chain.plates))
+        for chain in structure.chains
+        for first, later in decode.partners(chain)
+    }
 
 
-def observed(structure: Structure, chain: Chain) -> Iterator[tuple[str, str, str]]:
-    """The observations of a chain: their common name, in the first step and in the others."""
+def _observed(structure: Structure, chain: Chain) -> Iterator[tuple[str, str | None, str | None]]:
     first = [n for n in chain.opening if n in structure.observations]
     later = [n for n in chain.following if n in structure.observations]
-    if len(first) != len(later):
-        raise ModelError(
-            f"The first step of '{chain.name}' has {len(first)} observations, the others"
-            f" {len(later)}."
-        )
-    for a, b in zip(first, later, strict=True):
-        yield stem(a, b), a, b
+    pairs = pairs_by_name(first, later)
+    for a, b in pairs:
+        yield a, a, b
+    for name in first:
+        if name not in [a for a, _ in pairs]:
+            yield name, name, None
+    for name in later:
+        if name not in [b for _, b in pairs]:
+            yield name, None, name
+
+
+def observed(structure: Structure, chain: Chain) -> Iterator[tuple[str, str | None, str | None]]:
+    """The observations of a chain: their public name, in the first step and in the others.
+
+    One of the two is None where only that step, or only the others, have it.
+    """
+    names = public_names(structure)
+    for name, a, b in _observed(structure, chain):
+        yield names.get(name, name), a, b
 
 
 def filtered(
@@ -98,49 +123,76 @@ def filtered(
     potentials: Iterable[Potentials],
     before: Mapping[str, Tensor] | None,
     overlap: bool,
-    alike: bool,
 ) -> Filtered:
     """``p(state at t | seen up to t)``; ``before`` are those after the last step of the past.
 
-    With ``overlap`` the first step is the last one of the past. ``alike`` says that the first step
-    of the new data is as any other, its transition too.
+    With ``overlap`` the first step is the last one of the past.
     """
     probs, total = {}, torch.zeros((1,) * len(structure.unit), dtype=torch.float64)
     for joined in potentials:
         chain, chains = joined.chain, joined.chains()
         if before is not None:
-            if not (overlap or alike):
-                raise SettingError(
-                    f"filter: a step of '{chain.name}' depends on the data of the step before, or"
-                    " the first step is not as the others are. Begin the new data with the last"
-                    " step seen, and give overlap=True."
-                )
             chains = _going_on(joined, chains, before, overlap)
         ahead, own = filtering(chains)
         found = ahead.softmax(-1).reshape((-1, *joined.shape, chain.num_states))
         found = found[1:] if overlap else found
         probs[chain.name] = found.movedim(0, len(chain.plates))
-        total = total + own.reshape(joined.shape)
+        total = total + decode.by_unit(structure, chain, own.reshape(joined.shape))
     return Filtered(probs, total)
 
 
-def steps_alike(plan: Plan) -> bool:
-    """Whether the first step of a sequence is as any other, but for the state that it starts from.
-
-    Transitions must be the same at all steps, and observations depend on the same parameters.
-    """
+def varying_steps(plan: Plan) -> dict[str, str]:
+    """The sites of chains whose distribution differs by step, or looks at the step before; how."""
     run, depends, sites = plan.reading.traces[0], plan.reading.dependence, plan.reading.sites
+    found = {}
     for chain in plan.structure.chains:
         steps = run.plates[chain.steps]
         for name in chain.following:
-            dims = run.factors[name].dims
-            if run.states[chain.first] in dims and (steps in dims or name != chain.step):
-                return False
-        for _, a, b in observed(plan.structure, chain):
-            along = [sites[n].along_rows for n in (a, b) if n in sites]
-            if depends[a] != depends[b] or (len(along) == 2 and along[0] != along[1]):
-                return False
-    return True
+            dims, site = run.factors[name].dims, sites.get(name)
+            if name in run.states:
+                if steps in dims:
+                    found[name] = "differs by step"
+            elif run.states[chain.first] in dims:
+                found[name] = "depends on the state before too"
+            elif site is not None and any(_along(site, run, chain)):
+                found[name] = "differs by step"
+        for _, a, b in _observed(plan.structure, chain):
+            if a is None or b is None:
+                found[a or b or ""] = "is not in every step"
+            elif depends[a] != depends[b]:
+                found.setdefault(b, "is not what it is in the first step")
+    return found
+
+
+def _along(site: SiteModel, run: Enumerated, chain: Chain) -> Iterator[bool]:
+    """For each argument whether it differs by step."""
+    dims = {f.name: f.dim for f in plate_frames(run.trace.nodes[site.name]) if f.vectorized}
+    at = len(site.shape) - site.events + dims[chain.steps]
+    for argument in site.arguments.values():
+        yield at in argument.varies
+
+
+def check_going_on(plan: Plan, overlap: bool) -> None:
+    """Whether new data may begin anywhere but at the first step.
+
+    Raises:
+    ------
+    SettingError
+        Where the program says of its first step what it does not say of others.
+    """
+    if getattr(plan.reading.traces[0].trace, COUNTED, False):
+        raise SettingError(
+            "filter: the program computes with the number of the step (a season, a trend), which"
+            " begins at 0 again in new data. Give the whole sequence."
+        )
+    varying = varying_steps(plan)
+    if varying and not overlap:
+        name, how = next(iter(varying.items()))
+        raise SettingError(
+            f"filter: site '{name}' {how}, so the first step of the new data does not tell how it"
+            " follows from the past. Begin the new data with the last step seen, and give"
+            " overlap=True."
+        )
 
 
 def _going_on(
@@ -163,20 +215,29 @@ def _going_on(
 
 
 def forecast(
-    structure: Structure, run: Enumerated, potentials: Iterable[Potentials], steps: int
+    structure: Structure,
+    run: Enumerated,
+    potentials: Iterable[Potentials],
+    steps: int,
+    varying: Mapping[str, str],
 ) -> Forecast:
-    """The states and observations ``1, 2, ..., steps`` after the end of every sequence."""
+    """The states and observations ``1, 2, ..., steps`` after the end of every sequence.
+
+    ``varying`` are sites whose distribution differs by step.
+    """
+    for name, how in varying.items():
+        raise ModelError(
+            f"forecast: site '{name}' {how} (it has covariates, say). Append steps with masked"
+            " observations to the data, and ask for the posterior."
+        )
     states: dict[str, Tensor] = {}
     observations: dict[str, Any] = {}
     for joined in potentials:
         chain, chains = joined.chain, joined.chains()
-        if joined.pair.shape[0] > 1:
-            raise ModelError(
-                f"forecast: the transitions of '{chain.name}' differ by step. Append steps with"
-                " masked observations to the data, and ask for the posterior."
-            )
         ahead, _ = filtering(chains)
-        matrix, last = chains.pair[0].exp(), ahead[-1].softmax(-1)
+        ends = lengths(structure, run.trace.nodes, chain).clamp(min=0)
+        last = ahead[ends, torch.arange(len(ends))].softmax(-1)
+        matrix = chains.pair[0].exp()
         found = []
         for _ in range(steps):
             last = (last.unsqueeze(-2) @ matrix).squeeze(-2)
@@ -184,7 +245,8 @@ def forecast(
         probs = torch.stack(found, 1).reshape((*joined.shape, steps, chain.num_states))
         states[chain.name] = probs
         for name, _, later in observed(structure, chain):
-            observations[name] = _predictive(structure, run, joined, later, probs)
+            if later is not None:
+                observations[name] = _predictive(structure, run, joined, later, probs)
     return Forecast(states, observations)
 
 
@@ -194,9 +256,8 @@ def _predictive(
     """The mixture over the states of one observation's distribution, with ``probs``."""
     chain, node = joined.chain, run.trace.nodes[name]
     inner = [n for n in chain.following if n in run.states and n != chain.step]
-    if chain.first in run.names(run.factors[name].dims) or inner:
-        what = f"'{inner[0]}' too" if inner else "the state before"
-        raise ModelError(f"forecast: site '{name}' depends on {what}; use sample().")
+    if inner:
+        raise ModelError(f"forecast: site '{name}' depends on '{inner[0]}' too; use sample().")
     frames = {f.name: f.dim for f in plate_frames(node) if f.vectorized}
     others = [p for p in structure.plates[name] if p not in (*chain.plates, chain.steps)]
     state = run.trace.nodes[chain.step]["infer"]["_enumerate_dim"]
@@ -209,11 +270,7 @@ def _predictive(
         at = [x.dim() - right + d for d in wanted]
         steps = len(chain.plates)
         if x.shape[at[steps]] > 1 and x.stride(at[steps]):
-            raise ModelError(
-                f"forecast: the distribution at site '{name}' differs by step (it has covariates,"
-                " or looks at earlier observations). Append steps with masked observations to the"
-                " data, and ask for the posterior."
-            )
+            raise ModelError(f"forecast: the distribution at site '{name}' differs by step.")
         x = x.narrow(at[steps], 0, 1)
         rest = [i for i in range(x.dim() - right) if i not in at]
         moved = x.permute([*rest, *at, *range(x.dim() - right, x.dim())])[(0,) * len(rest)]
@@ -221,7 +278,7 @@ def _predictive(
         shape[len(wanted) - 1] = chain.num_states
         return moved.expand(shape)
 
-    component = arranged(node["fn"], arrange, name)
+    component = arranged(node["fn"], arrange, name, masks=False)
     batch = (*probs.shape[:-1], *(run.sizes(name)[p] for p in others), chain.num_states)
     component = component.expand(torch.Size(batch))
     mixing = probs.reshape((*probs.shape[:-1], *(1,) * len(others), chain.num_states))
@@ -257,8 +314,9 @@ def residuals(structure: Structure, run: Enumerated, kind: str) -> dict[str, Ten
             parts = [
                 _quantile(structure, run, joined, site, w, at == 0)
                 for at, (site, w) in enumerate(((a, weights[:1]), (b, weights[1:])))
+                if site is not None
             ]
-            result[name] = torch.cat(parts).movedim(0, len(chain.plates))
+            result[name] = _joined(parts, a is None).movedim(0, len(chain.plates))
     return result
 
 
@@ -287,7 +345,9 @@ def _quantile(
     state = run.trace.nodes[chain.first if first else chain.step]["infer"]["_enumerate_dim"]
     wanted = [] if first else [frames[chain.steps]]
     wanted += [*(frames[p] for p in chain.plates), state, *(frames[p] for p in others)]
-    middle = (low + high) / 2
+    middle, mask = (low + high) / 2, base_mask(node)
+    if mask is not None:
+        middle = torch.where(mask, middle, torch.nan)
     width = max(-d for d in wanted) + declared
     x = middle.reshape((1,) * (width - middle.dim()) + tuple(middle.shape))
     at = [x.dim() - declared + d for d in wanted]
@@ -330,7 +390,7 @@ def draw(structure: Structure, params: Params) -> dict[str, Tensor]:
         n: torch.zeros_like(t) if n in structure.observations else t
         for n, t in run.tensors().items()
     }
-    result, paths = {}, dict[str, Tensor]()
+    result, paths, names = {}, dict[str, Tensor](), public_names(structure)
     for joined in join(structure, run, unseen):
         chain, chains = joined.chain, joined.chains()
         path = draw_paths(chains.start, chains.pair, chain.length - 1)
@@ -338,21 +398,31 @@ def draw(structure: Structure, params: Params) -> dict[str, Tensor]:
         for z, own in ((chain.first, path[:-1]), (chain.step, path[1:])):
             paths[z] = _as_values(structure, run, z, own)
         result[chain.name] = path.movedim(0, len(chain.plates))
-        for first, later in decode.partners(structure, chain):
-            if later == chain.step:
-                continue
+        for first, later in chain.inner:
             nodes = program.run_and_see(params, paths=_padded(structure, paths))[0].nodes
-            drawn = [_drawn(structure, run, nodes, chain, z) for z in (first, later)]
+            drawn = [_drawn(structure, nodes, chain, z) for z in (first, later)]
             own = torch.cat([drawn[0].unsqueeze(0), drawn[1]])
             for z, part in ((first, own[:-1]), (later, own[1:])):
                 paths[z] = _as_values(structure, run, z, _as_states(run, z, part))
-            result[stem(first, later)] = own.movedim(0, len(chain.plates))
+            result[names[first]] = own.movedim(0, len(chain.plates))
     nodes = program.run_and_see(params, paths=_padded(structure, paths))[0].nodes
     for chain in structure.chains:
-        for name, first, later in observed(structure, chain):
-            a, b = (_drawn(structure, run, nodes, chain, z) for z in (first, later))
-            result[name] = torch.cat([a.unsqueeze(0), b]).movedim(0, len(chain.plates))
+        for name, name_first, name_later in observed(structure, chain):
+            opening, rest = (
+                None if site is None else _drawn(structure, nodes, chain, site)
+                for site in (name_first, name_later)
+            )
+            parts = [] if opening is None else [opening.unsqueeze(0)]
+            parts += [] if rest is None else [rest]
+            result[name] = _joined(parts, opening is None).movedim(0, len(chain.plates))
     return result
+
+
+def _joined(parts: list[Tensor], late: bool) -> Tensor:
+    """The steps together; NaN for the first one where there is none (``late``)."""
+    if late:
+        parts = [torch.full_like(parts[0][:1], torch.nan, dtype=torch.float64), *parts]
+    return torch.cat(parts)
 
 
 def _as_values(structure: Structure, run: Enumerated, z: str, path: Tensor) -> Tensor:
@@ -394,7 +464,7 @@ def _padded(structure: Structure, paths: Mapping[str, Tensor]) -> dict[str, Tens
     return result
 
 
-def _drawn(structure: Structure, run: Enumerated, nodes: Any, chain: Chain, name: str) -> Tensor:
+def _drawn(structure: Structure, nodes: Any, chain: Chain, name: str) -> Tensor:
     """A draw of one site: its steps (if it has them), the chain's plates, others, the event."""
     node = nodes[name]
     fn, events = node["fn"], len(node["fn"].event_shape)

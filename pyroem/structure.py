@@ -180,8 +180,8 @@ class Chain:
 
     Its first step is the site ``first``; all others together are the site ``step``, in the plate
     ``steps``. ``opening`` and ``following`` are the sites that hang on the chain in the first step
-    and in the others (the chain's own among them), and ``plates`` those of its sequences. Where it
-    is not ``linked``, no step depends on the one before.
+    and in the others (the chain's own among them), ``inner`` the other assignments, by pairs, and
+    ``plates`` those of its sequences. If it is not ``linked``, no step depends on the one before.
     """
 
     name: str
@@ -193,6 +193,7 @@ class Chain:
     plates: tuple[str, ...]
     opening: tuple[str, ...]
     following: tuple[str, ...]
+    inner: tuple[tuple[str, str], ...] = ()
     linked: bool = True
 
 
@@ -222,8 +223,8 @@ class Structure:
 
     @property
     def row_plates(self) -> frozenset[str]:
-        """The plates whose elements are rows of data: those of ``unit``, and the chains' steps."""
-        return frozenset(self.unit).union(chain.steps for chain in self.chains)
+        """The plates whose elements are rows of data: those of ``unit``, and the chains' own."""
+        return frozenset(self.unit).union(*((c.steps, *c.plates) for c in self.chains))
 
     @property
     def num_rows(self) -> int:

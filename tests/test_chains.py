@@ -339,7 +339,7 @@ def test_steps_in_arithmetic() -> None:
     assert fit.log_likelihood == pytest.approx(by_trace.log_likelihood, rel=1e-12)
 
 
-@pytest.mark.parametrize("length", [0, -1, 2.5, "ten"])
+@pytest.mark.parametrize("length", [0, -1, 2.5, "ten", True])
 def test_markov_refuses(length: Any) -> None:
     with pytest.raises(SettingError, match="markov"):
         pyroem.markov(length)

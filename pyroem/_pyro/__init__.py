@@ -21,9 +21,10 @@ from pyroem._pyro.run import (
     stored_constraints,
     unwrap,
 )
-from pyroem._pyro.vectorised import Loops, arranged
+from pyroem._pyro.vectorised import COUNTED, Loops, arranged
 
 __all__ = [
+    "COUNTED",
     "Brief",
     "Enumerated",
     "Factor",

@@ -24,6 +24,9 @@ class LoopError(ModelError):
     """The body of a loop cannot run once for all steps."""
 
 
+_NO_COUNT = {"getitem", "gt", "lt", "ge", "le", "eq", "ne"}
+
+
 class Step:
     """The steps ``first`` to ``last`` of a loop as one.
 
@@ -32,14 +35,22 @@ class Step:
     for torch: a scalar that ``torch.vmap`` maps over the steps.
     """
 
-    def __init__(self, value: Tensor, first: int, last: int) -> None:
-        self.value, self.first, self.last = value, first, last
+    def __init__(self, value: Tensor, first: int, last: int, reader: Vectorised) -> None:
+        self.index, self.first, self.last, self.reader = value, first, last, reader
+
+    @property
+    def value(self) -> Tensor:
+        """The number of the step, for a computation."""
+        self.reader.counted = True
+        return self.index
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        return func(*_values(args), **{k: _values(v) for k, v in (kwargs or {}).items()})
+        indexing = getattr(func, "__name__", "").strip("_") in _NO_COUNT
+        given = {k: _values(v, indexing) for k, v in (kwargs or {}).items()}
+        return func(*_values(args, indexing), **given)
 
     def __format__(self, spec: str) -> str:
         return format(self.first, spec)
@@ -55,7 +66,7 @@ class Step:
 
     def _compare(self, other: Any, compare: Callable[[Any, Any], Any]) -> Any:
         if isinstance(other, Tensor):
-            return compare(self.value, other)
+            return compare(self.index, other)
         return self._decided(compare, other)
 
     def _decided(self, compare: Callable[[Any, Any], Any], other: Any) -> bool:
@@ -90,7 +101,8 @@ class Step:
 
     def __add__(self, other: Any) -> Any:
         if isinstance(other, int):
-            return Step(self.value + other, self.first + other, self.last + other)
+            ends = self.first + other, self.last + other
+            return Step(self.index + other, *ends, self.reader)
         return self.value + other
 
     def __sub__(self, other: Any) -> Any:
@@ -121,15 +133,18 @@ class Step:
     def __pow__(self, other: Any) -> Any:
         return self.value**other
 
+    def __rpow__(self, other: Any) -> Any:
+        return other**self.value
+
     def __neg__(self) -> Any:
         return -self.value
 
 
-def _values(x: Any) -> Any:
+def _values(x: Any, indexing: bool) -> Any:
     if isinstance(x, Step):
-        return x.value
+        return x.index if indexing else x.value
     if type(x) in (tuple, list):
-        return type(x)(map(_values, x))
+        return type(x)(_values(y, indexing) for y in x)
     return x
 
 
@@ -193,16 +208,19 @@ class Whole(Reader):
 
 
 class Vectorised(Reader):
-    """The first step, and the others as one: ``step`` is a scalar that is mapped over them."""
+    """The first step, and the others as one: ``step`` is a scalar that is mapped over them.
+
+    ``counted`` says that the program computed with it, beyond indexing and comparing.
+    """
 
     def __init__(self, step: Tensor) -> None:
         super().__init__()
-        self.step = step
+        self.step, self.counted = step, False
 
     def steps(self, length: int) -> list[Any] | None:
         """Two values. A shorter loop repeats its last step; the repeats are cut off later."""
         last = length - 1
-        return [0, Step(self.step.clamp(max=last), 1, max(last, 1))]
+        return [0, Step(self.step.clamp(max=last), 1, max(last, 1), self)]
 
 
 _READER: ContextVar[Reader | None] = ContextVar("reader", default=None)
@@ -254,6 +272,8 @@ def markov(length: int) -> Any:
         Where ``length`` is no positive integer.
     """
     try:
+        if isinstance(length, bool):
+            raise TypeError
         steps = operator.index(length)
     except TypeError as error:
         raise SettingError(

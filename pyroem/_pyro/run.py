@@ -177,10 +177,10 @@ class _Substitute(Messenger):
         self.first: dict[str, tuple[Any, Any, Tensor | None]] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
+        msg["infer"]["_pyroem_step"] = current_step()
         if is_plate_site(msg) or is_deterministic(msg):
             return
         name = msg["name"]
-        msg["infer"]["_pyroem_step"] = current_step()
         base = unwrap(msg["fn"])[0]
         if type(base) is pyro.distributions.Poisson:
             # At rate 0 (a zero-inflated count) torch's gradient of a count of 0 is NaN: take none.

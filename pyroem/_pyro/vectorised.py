@@ -24,6 +24,7 @@ from torch.distributions.constraints import is_dependent
 
 from pyroem._pyro.markov import LoopError, Vectorised
 
+COUNTED = "_pyroem_counted"  # whether the program computed with the number of the step
 _EITHER = (
     ("probs", "logits"),
     ("gate", "gate_logits"),
@@ -71,9 +72,13 @@ def vectorised_trace(
     found: dict[str, Any] = {}
 
     def body(step: Tensor, given: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        trace = run(Vectorised(step), given)
+        reader = Vectorised(step)
+        trace = run(reader, given)
+        found["counted"] = reader.counted
         found["trace"], found["sites"] = trace, {}
         leaves: list[Tensor] = []
+        for name in [n for n, site in trace.nodes.items() if _is_deterministic(site)]:
+            trace.nodes.pop(name)  # nothing of a fit hangs on it
         for name, site in trace.nodes.items():
             apart = _apart_site(name, site)
             found["sites"][name] = (len(leaves), apart)
@@ -83,6 +88,7 @@ def vectorised_trace(
     given = dict(paths or {})
     made = torch.vmap(body, randomness="same")(loops.steps, given)
     trace = Trace()
+    setattr(trace, COUNTED, found["counted"])
     for name, site in found["trace"].nodes.items():
         start, apart = found["sites"][name]
         at = site.get("infer", {}).get("_pyroem_step")
@@ -109,6 +115,10 @@ def vectorised_trace(
                 node = _expanded(node, plate)
         trace.add_node(name, **node)
     return trace
+
+
+def _is_deterministic(site: Any) -> bool:
+    return site["type"] == "sample" and bool(site["infer"].get("_deterministic"))
 
 
 def _placed(tensor: Tensor, right: int, plates: int, name: str) -> Tensor:
@@ -230,10 +240,23 @@ def _opaque(fn: Any, name: str) -> _Apart:
     return _Apart(leaves, again)
 
 
-def arranged(fn: Any, arrange: Callable[[Tensor, int], Tensor], name: str) -> Any:
+def arranged(
+    fn: Any, arrange: Callable[[Tensor, int], Tensor], name: str, masks: bool = True
+) -> Any:
     """The distribution, every tensor laid out anew: ``arrange(tensor, dims right of batch)``."""
-    apart = _apart(fn, 0, name)
+    apart = _apart(fn if masks else _unmasked(fn), 0, name)
     return apart.again([arrange(tensor, right) for tensor, right in apart.leaves])
+
+
+def _unmasked(fn: Any) -> Any:
+    """The distribution without masks."""
+    if isinstance(fn, pyro.distributions.MaskedDistribution):
+        return _unmasked(fn.base_dist)
+    if isinstance(fn, torch.distributions.Independent):
+        return _unmasked(fn.base_dist).to_event(fn.reinterpreted_batch_ndims)
+    if isinstance(fn, pyro.distributions.ExpandedDistribution):
+        return _unmasked(fn.base_dist).expand(fn.batch_shape)
+    return fn
 
 
 def _apart_transformed(fn: Any, outer: int, name: str) -> _Apart:
@@ -262,7 +285,8 @@ def _arguments(fn: Distribution) -> dict[str, Any] | None:
     supports = getattr(kind, "arg_constraints", None)
     if not isinstance(supports, Mapping) or not supports:
         return None
-    names = [n for n in inspect.signature(kind).parameters if n in supports]
+    accepted = inspect.signature(kind).parameters
+    names = [n for n in accepted if n in supports]
     held = vars(getattr(fn, "_categorical", fn))
     for group in _EITHER:
         present = [n for n in group if n in names]
@@ -273,9 +297,17 @@ def _arguments(fn: Distribution) -> dict[str, Any] | None:
     values = {n: v for n, v in values.items() if v is not None}
     if not values or not all(isinstance(v, (Tensor, Number)) for v in values.values()):
         return None
-    if any(is_dependent(supports[n]) and isinstance(values[n], Tensor) for n in values):
+    for name, parameter in accepted.items():  # a number of trials, say
+        if name in supports or name == "validate_args":
+            continue
+        if isinstance(getattr(fn, name, None), Number):
+            values[name] = getattr(fn, name)
+        elif parameter.default is inspect.Parameter.empty:
+            return None
+    tensors = [n for n, v in values.items() if isinstance(v, Tensor)]
+    if any(is_dependent(supports[n]) for n in tensors):
         return None
     return values
 
 
-__all__ = ["Loops", "arranged", "vectorised_trace"]
+__all__ = ["COUNTED", "Loops", "arranged", "vectorised_trace"]

@@ -337,7 +337,7 @@ def sequence_weights(
 ) -> Tensor:
     """The row weights of each sequence of a chain."""
     count = int(torch.Size(shape).numel())
-    if row_weights is None:
+    if row_weights is None or not set(structure.unit) <= set(chain.plates):
         return torch.ones(count, dtype=torch.float64)
     order = [structure.unit.index(p) for p in chain.plates if p in structure.unit]
     own = row_weights.double().permute(order)

@@ -81,6 +81,21 @@ class Columns:
         if device is not None:
             self._move(device)
 
+    def take(self, index: Tensor) -> None:
+        """Keep some of the rows only, in the order of ``index``."""
+
+        def cut(x: Tensor | None) -> Tensor | None:
+            return x if x is None or x.shape[-1] == 1 else x[..., index].contiguous()
+
+        self.source = cut(self.source)  # type: ignore[assignment]
+        self.mask, self.centre = cut(self.mask), cut(self.centre)
+        if self.kept is not None:
+            self.kept = [t if t.shape[-1] == 1 else t[..., index].contiguous() for t in self.kept]
+        if self.measured is not None:
+            self.measured = self.measured[index]
+        self.num_rows = len(index)
+        self.rows = (len(index),)
+
     def _move(self, device: torch.device) -> None:
         for name in ("source", "centre", "mask", "measured"):
             if getattr(self, name) is not None:

@@ -33,15 +33,18 @@ def quick_forward(
     start: Array,
     matrix: Array,
     likelihood: Array,
+    offsets: Array,
     ends: Array,
     strict: bool,
     ahead: Array,
     scale: Array,
     lost: Array,
 ) -> None:  # pragma: no cover  (compiled)
-    """``ahead[t, n, :]``: the state's probabilities given all up to ``t``; ``scale`` what they
-    summed to before. ``likelihood`` is ``exp(emit)``, up to a factor; where the matrix has zeros
-    (``strict``) it is watched what gets ``lost``.
+    """``ahead``: the state's probabilities given all up to there; ``scale`` what they summed to.
+
+    Rows stand step by step: those of the first step, and from ``offsets[t]`` after them on those of
+    step ``t + 1``, one for each of the first sequences. ``likelihood`` is ``exp(emit)``, up to a
+    factor; where the matrix has zeros (``strict``) it is watched what gets ``lost``.
     """
     sequences, states = start.shape
     by_step, by_sequence = matrix.shape[0] > 1, matrix.shape[1] > 1
@@ -51,16 +54,17 @@ def quick_forward(
         for k in range(states):
             total += start[n, k]
         for k in range(states):
-            ahead[0, n, k] = start[n, k] / total
-        scale[0, n] = total
+            ahead[n, k] = start[n, k] / total
+        scale[n] = total
         lost[n] = not total > LOST
-    for t in range(likelihood.shape[0]):
-        for n in range(sequences):
+    for t in range(len(offsets) - 1):
+        first, last = offsets[t], sequences + offsets[t - 1] if t > 0 else 0
+        for n in range(offsets[t + 1] - first):
+            now, own = ahead[sequences + first + n], likelihood[first + n]
             if t >= ends[n]:
-                scale[t + 1, n] = 1.0
+                scale[sequences + first + n] = 1.0
                 continue
-            a = matrix[t if by_step else 0, n if by_sequence else 0]
-            before, now, own = ahead[t, n], ahead[t + 1, n], likelihood[t, n]
+            a, before = matrix[t if by_step else 0, n if by_sequence else 0], ahead[last + n]
             for j in range(states):
                 s[j] = 0.0
             for i in range(states):
@@ -80,13 +84,14 @@ def quick_forward(
             r = 1.0 / total
             for j in range(states):
                 now[j] *= r
-            scale[t + 1, n] = total
+            scale[sequences + first + n] = total
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=QUICK)
 def quick_backward(
     matrix: Array,
     likelihood: Array,
+    offsets: Array,
     ends: Array,
     weights: Array,
     scale: Array,
@@ -98,20 +103,23 @@ def quick_backward(
 
     The posteriors of pairs are added to ``xi``. Sequences that are ``lost`` are left alone.
     """
-    sequences, states = ahead.shape[1:]
+    sequences, states = len(ends), ahead.shape[1]
     by_step, by_sequence = matrix.shape[0] > 1, matrix.shape[1] > 1
     out_step, out_sequence = xi.shape[0] > 1, xi.shape[1] > 1
     behind = np.ones((sequences, states))
     u = np.empty(states)
-    for t in range(likelihood.shape[0] - 1, -1, -1):
-        for n in range(sequences):
+    for t in range(len(offsets) - 2, -1, -1):
+        first, last = offsets[t], sequences + offsets[t - 1] if t > 0 else 0
+        for n in range(offsets[t + 1] - first):
+            after = ahead[sequences + first + n]
             if t >= ends[n] or lost[n]:
-                ahead[t + 1, n] = 0.0
+                for j in range(states):
+                    after[j] = 0.0
                 continue
             a = matrix[t if by_step else 0, n if by_sequence else 0]
             here = xi[t if out_step else 0, n if out_sequence else 0]
-            before, after, own = ahead[t, n], ahead[t + 1, n], likelihood[t, n]
-            back, w, r = behind[n], weights[n], 1.0 / scale[t + 1, n]
+            before, own = ahead[last + n], likelihood[first + n]
+            back, w, r = behind[n], weights[n], 1.0 / scale[sequences + first + n]
             for j in range(states):
                 after[j] *= back[j] * w
                 u[j] = own[j] * back[j] * r
@@ -124,23 +132,24 @@ def quick_backward(
                 back[i] = total
     for n in range(sequences):
         for k in range(states):
-            ahead[0, n, k] *= behind[n, k] * weights[n]
+            ahead[n, k] *= behind[n, k] * weights[n]
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=QUICK)
 def overflown(
-    matrix: Array, likelihood: Array, ends: Array, scale: Array, lost: Array
+    matrix: Array, likelihood: Array, offsets: Array, ends: Array, scale: Array, lost: Array
 ) -> None:  # pragma: no cover  (compiled)
     """Which sequences a state that cannot be reached would overflow, behind it (``lost``)."""
-    sequences, states = likelihood.shape[1:]
+    sequences, states = len(ends), likelihood.shape[1]
     by_step, by_sequence = matrix.shape[0] > 1, matrix.shape[1] > 1
     behind, u = np.ones((sequences, states)), np.empty(states)
-    for t in range(likelihood.shape[0] - 1, -1, -1):
-        for n in range(sequences):
+    for t in range(len(offsets) - 2, -1, -1):
+        first = offsets[t]
+        for n in range(offsets[t + 1] - first):
             if t >= ends[n] or lost[n]:
                 continue
             a = matrix[t if by_step else 0, n if by_sequence else 0]
-            back, own, r = behind[n], likelihood[t, n], 1.0 / scale[t + 1, n]
+            back, own, r = behind[n], likelihood[first + n], 1.0 / scale[sequences + first + n]
             for j in range(states):
                 u[j] = own[j] * back[j] * r
             for i in range(states):

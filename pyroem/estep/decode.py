@@ -5,11 +5,12 @@ Everything here is over all steps, those at the end of which nothing was seen in
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
+from pyroem._pyro import Enumerated, align
 from pyroem.errors import ModelError
 from pyroem.estep.chain import Potentials
 from pyroem.estep.scan import Smoothed, best_path, smooth
@@ -33,20 +34,22 @@ def marginals(potentials: Iterable[Potentials]) -> dict[str, Tensor]:
         states = found.states.reshape((-1, *own.shape, k))
         result[own.chain.step] = states
         parts = (states[:1], states[1:])
-        for axis, name in enumerate(own.names[1]):
-            pair = zip(own.inner, parts, strict=True)
-            result[name] = torch.cat([_within(own, x, p, axis) for x, p in pair if x is not None])
+        for names in own.chain.inner:
+            found_of = [
+                _within(x, p, own.names[i].index(names[i]), names[i])
+                for i, (x, p) in enumerate(zip(own.inner, parts, strict=True))
+                if x is not None
+            ]
+            result[names[1]] = torch.cat(found_of)
     return result
 
 
-def _within(own: Potentials, inner: Tensor, states: Tensor, axis: int) -> Tensor:
+def _within(inner: Tensor, states: Tensor, axis: int, name: str) -> Tensor:
     """The posterior of an assignment inside a step, given that of the chain's state."""
-    rank = 1 + len(own.shape)
+    rank = states.dim() - 1
     count = inner.dim() - rank - 2
     if inner.shape[rank] > 1:
-        raise ModelError(
-            f"'{own.names[1][axis]}' depends on the state before too: its marginals are not known."
-        )
+        raise ModelError(f"'{name}' depends on the state before too: its marginals are not known.")
     dims = list(range(rank + 2, inner.dim()))
     given = torch.nan_to_num((inner - torch.logsumexp(inner, dims, keepdim=True)).exp(), nan=0.0)
     joint = states.unsqueeze(rank).reshape((*states.shape[:-1], 1, -1, *(1,) * count)) * given
@@ -63,10 +66,13 @@ def states(potentials: Iterable[Potentials]) -> dict[str, Tensor]:
         path = best_path(own.chains()).reshape((-1, *own.shape))
         result[own.chain.step] = path
         parts = (path[:1], path[1:])
-        for axis, name in enumerate(own.names[1]):
-            pair = zip(own.inner, parts, strict=True)
-            found = [_best_within(x, p, path, axis) for x, p in pair if x is not None]
-            result[name] = torch.cat(found)
+        for names in own.chain.inner:
+            found = [
+                _best_within(x, p, path, own.names[i].index(names[i]))
+                for i, (x, p) in enumerate(zip(own.inner, parts, strict=True))
+                if x is not None
+            ]
+            result[names[1]] = torch.cat(found)
     return result
 
 
@@ -84,20 +90,16 @@ def _best_within(inner: Tensor, own: Tensor, path: Tensor, axis: int) -> Tensor:
     return torch.unravel_index(best, sizes)[axis]
 
 
-def partners(structure: Structure, chain: Chain) -> Iterator[tuple[str, str]]:
+def partners(chain: Chain) -> tuple[tuple[str, str], ...]:
     """The assignments of the first step beside those of the others, the chain's own first."""
-    first = [n for n in chain.opening if n in structure.assignments]
-    later = [n for n in chain.following if n in structure.assignments]
-    first.sort(key=lambda n: n != chain.first)
-    later.sort(key=lambda n: n != chain.step)
-    yield from zip(first, later, strict=True)
+    return (chain.first, chain.step), *chain.inner
 
 
 def by_site(structure: Structure, found: dict[str, Tensor]) -> dict[str, Tensor]:
     """What was found of all steps, for the sites of the first step and of the others."""
     result = dict(found)
     for chain in structure.chains:
-        for a, b in partners(structure, chain):
+        for a, b in partners(chain):
             result[a], result[b] = found[b][0], found[b][1:]
     return result
 
@@ -107,6 +109,28 @@ def log_likelihoods(structure: Structure, potentials: Iterable[Potentials]) -> T
     total = torch.zeros((1,) * len(structure.unit), dtype=torch.float64)
     for own in potentials:
         value = smoothed(own).log_likelihood.reshape(own.shape)
-        away = [i for i, p in enumerate(own.chain.plates) if p not in structure.unit]
-        total = total + (value.sum(away) if away else value)
+        total = total + by_unit(structure, own.chain, value)
+    return total
+
+
+def by_unit(structure: Structure, chain: Chain, value: Tensor) -> Tensor:
+    """A number for each sequence of a chain, added up over all but the unit's plates."""
+    away = [i for i, p in enumerate(chain.plates) if p not in structure.unit]
+    return value.sum(away) if away else value
+
+
+def log_likelihoods_outside(structure: Structure, run: Enumerated) -> Tensor:
+    """Of each element of the unit's plates, what of it hangs on no chain."""
+    chained = {n for c in structure.chains for n in (*c.opening, *c.following)}
+    unit = "".join(run.plates[p] for p in structure.unit)
+    total = torch.zeros((1,) * len(unit), dtype=torch.float64)
+    for name, factor in run.factors.items():
+        if name in chained or not set(unit) <= factor.ordinal:
+            continue
+        rest = [i for i, d in enumerate(factor.dims) if d not in unit]
+        row = factor.tensor.sum(rest) if rest else factor.tensor
+        for plate, size in run.sizes(name).items():
+            if run.plates[plate] not in factor.dims and plate not in structure.unit:
+                row = row * size
+        total = total + align(row, "".join(d for d in factor.dims if d in unit), unit)
     return total

@@ -26,7 +26,7 @@ from pyroem.estep.kernel import (
     log_joint_states,
 )
 from pyroem.estep.mixture import Assigned, Group, Mixture, assigned_of, no_product, observed_of
-from pyroem.estep.scan import Chains, smooth
+from pyroem.estep.scan import Chains, places, smooth
 from pyroem.mstep.plan import Plan
 from pyroem.mstep.runs import Run
 from pyroem.statistics import SiteStatistics
@@ -96,7 +96,8 @@ class ChainRows:
     """The data of one chain: the rows of the first step, and those of all others (step by step).
 
     ``shape`` is that of the sequences' plates; ``ends`` are the steps after the first that each
-    sequence has, -1 where nothing of it is seen.
+    sequence has, -1 where nothing of it is seen. The rows are those of the sequences by falling
+    length (``order``) for as long as they go on, if they are ``packed``.
     """
 
     def __init__(
@@ -107,31 +108,78 @@ class ChainRows:
         ends: Tensor,
         weights: Tensor,
         cache: int = CACHE,
+        packed: bool = True,
     ) -> None:
-        self.parts, self.shape, self.ends, self.weights = parts, shape, ends, weights
-        self.cache = cache
-        steps = parts.chain.length - 1
-        by_row = (weights.unsqueeze(0).expand(steps, -1) if steps else weights[:0]).reshape(-1)
-        self.opening = self._rows(parts.opening, nodes, weights)
-        self.following = self._rows(parts.following, nodes, by_row) if steps else None
+        count, steps = len(ends), parts.chain.length - 1
+        self.chain, self.shape, self.cache, self.parts = parts.chain, shape, cache, parts
+        self.order = torch.argsort(ends, descending=True, stable=True)
+        if not packed or bool((ends == steps).all()):
+            self.order = torch.arange(count)
+        self.ends, self.weights = ends[self.order], weights[self.order]
+        lasting = self.ends if packed else torch.full_like(ends, steps)
+        counts = (torch.arange(steps).unsqueeze(-1) < lasting).sum(-1)
+        self.offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+        self.step, sequence = places(self.offsets)
+        self.sequence = self.order[sequence]
+        index = self.step * count + self.sequence
+        whole = len(index) == steps * count and bool((self.order == torch.arange(count)).all())
+        by_row = weights[self.sequence]
+        opening = None if whole else self.order
+        self.opening, self.first = self._rows(parts.opening, nodes, self.weights, opening)
+        self.following, self.later = (
+            self._rows(parts.following, nodes, by_row, None if whole else index)
+            if len(index)
+            else (None, parts.following)
+        )
         self.scratch = Scratch()
 
-    def _rows(self, part: Part, nodes: Mapping[str, Any], weights: Tensor) -> Rows | None:
+    def _rows(
+        self, part: Part, nodes: Mapping[str, Any], weights: Tensor, index: Tensor | None
+    ) -> tuple[Rows | None, Part]:
+        """The rows, and the part; without masks where nothing of the rows is masked."""
         if not part.group.observed:
-            return None
-        return Rows(part.mixture, nodes, weights.to(part.group.zero.dtype), self.cache)
+            return None, part
+        weights = weights.to(part.group.zero.dtype)
+        rows = Rows(part.mixture, nodes, weights, self.cache, index=index)
+        masks = [c.mask for c in rows.columns.values()]
+        if any(m is not None for m in masks) and all(m is None or bool(m.all()) for m in masks):
+            part = replace(part, mixture=_unmasked(part.mixture))
+            rows = Rows(part.mixture, nodes, weights, self.cache, index=index, masked=False)
+        return rows, part
+
+    def spread(self, x: Tensor, first: bool, unseen: Tensor) -> Tensor:
+        """Rows as steps by sequences; ``unseen`` is the row of a sequence that has ended."""
+        steps = 1 if first else self.chain.length - 1
+        result = unseen.expand((steps, len(self.ends), *x.shape[1:])).clone()
+        if first:
+            result[0, self.order] = x
+        else:
+            result[self.step, self.sequence] = x
+        return result
 
     @property
     def work(self) -> float:
         """About how many multiplications a pass takes."""
-        rows = self.parts.chain.length * len(self.ends)
+        rows = len(self.ends) + len(self.step)
         features = 0 if self.following is None else self.following.features
-        return float(rows * self.parts.following.group.num_states * (features + 4))
+        return float(rows * self.later.group.num_states * (features + 4))
 
     @property
     def measure(self) -> float:
         """The weighted sum of the base measure."""
         return sum(rows.measure for rows in (self.opening, self.following) if rows is not None)
+
+
+def _unmasked(mixture: Mixture) -> Mixture:
+    """The mixture with its observations as they are where nothing is masked."""
+    groups = []
+    for group in mixture.groups:
+        observed = tuple(
+            (axes, tuple(replace(x, site=replace(x.site, mask=None)) for x in layouts))
+            for axes, layouts in group.observed
+        )
+        groups.append(replace(group, observed=observed))
+    return replace(mixture, groups=tuple(groups))
 
 
 @dataclass(frozen=True)
@@ -152,6 +200,7 @@ def sequences_of(
     nodes: Mapping[str, Any],
     row_weights: Tensor | None = None,
     cache: int = CACHE,
+    packed: bool = True,
 ) -> Sequences:
     """The sequences that a program's sites hold."""
     rows = []
@@ -159,7 +208,8 @@ def sequences_of(
         (chain,) = (c for c in structure.chains if c.name == own.chain.name)
         shape, ends = shape_of(nodes, chain), lengths(structure, nodes, chain)
         weights = sequence_weights(structure, chain, shape, row_weights)
-        rows.append(ChainRows(replace(own, chain=chain), nodes, shape, ends, weights, cache))
+        own = replace(own, chain=chain)
+        rows.append(ChainRows(own, nodes, shape, ends, weights, cache, packed))
     total = structure.num_rows if row_weights is None else float(row_weights.sum())
     return Sequences(tuple(rows), float(total))
 
@@ -232,34 +282,32 @@ def _even(group: Group) -> Tensor:
 
 def expect_chain(rows: ChainRows, params: Params) -> tuple[Tensor, dict[str, SiteStatistics]]:
     """The E-step of one chain: the weighted log-likelihood, and the statistics of its sites."""
-    parts, chain = rows.parts, rows.parts.chain
-    dtype = parts.opening.state.site.dtype
+    count, dtype = len(rows.ends), rows.first.state.site.dtype
     found = [
         coefficients(part.mixture, params, own is None or own.cached is not None)
-        for part, own in ((parts.opening, rows.opening), (parts.following, rows.following))
+        for part, own in ((rows.first, rows.opening), (rows.later, rows.following))
     ]
     chains = log_chains(rows, params, found)
     active = rows.weights * (rows.ends >= 0)
     smoothed = smooth(chains, active)
     value = (smoothed.log_likelihood * active).sum() + rows.measure
-    first, later = smoothed.states[0], smoothed.states[1:].reshape(-1, chain.num_states)
-    pairs = smoothed.pairs[0, 0]
+    first, later = smoothed.states[:count], smoothed.states[count:]
     return value, {
-        **_of_states(parts, first, pairs, dtype),
-        **add_statistics(parts.opening, rows.opening, found[0], first, dtype),
-        **add_statistics(parts.following, rows.following, found[1], later, dtype),
+        **_of_states(rows, first, smoothed.pairs[0, 0], dtype),
+        **add_statistics(rows.first, rows.opening, found[0], first, dtype),
+        **add_statistics(rows.later, rows.following, found[1], later, dtype),
     }
 
 
 def _of_states(
-    parts: ChainParts, first: Tensor, pairs: Tensor, dtype: torch.dtype
+    rows: ChainRows, first: Tensor, pairs: Tensor, dtype: torch.dtype
 ) -> dict[str, SiteStatistics]:
     """The statistics of the chain's own sites."""
-    later = parts.following.state
+    later = rows.later.state
     counts = pairs if later.dims[0] >= 0 else pairs.sum(0, keepdim=True)
     return {
-        parts.chain.first: parts.opening.state.expected(first.sum(0).to(dtype)),
-        parts.chain.step: later.expected(counts.to(dtype)),
+        rows.chain.first: rows.first.state.expected(first.sum(0).to(dtype)),
+        rows.chain.step: later.expected(counts.to(dtype)),
     }
 
 
@@ -271,85 +319,87 @@ def expect_chain_given(
     ``evidence`` has the rows of an assignment (steps, sequences), then its states; where it has
     nothing of one, its states are equally likely. ``importance`` weighs the sequences.
     """
-    parts, chain, k = rows.parts, rows.parts.chain, rows.parts.chain.num_states
-    count, dtype = len(rows.ends), parts.opening.state.site.dtype
-    weights = rows.weights * importance * (rows.ends >= 0)
+    chain, k = rows.chain, rows.chain.num_states
+    count, dtype = len(rows.ends), rows.first.state.site.dtype
+    weights = torch.empty_like(rows.weights)
+    weights[rows.order] = rows.weights * (rows.ends >= 0)
+    weights = weights * importance
     states = []
     for z, steps in ((chain.first, 1), (chain.step, chain.length - 1)):
         even = weights.new_full((steps, count, k), 1 / k)
         own = evidence[z].to(weights).reshape(steps, count, k) if z in evidence else even
         states.append(own)
-    both = torch.cat(states)
-    active = torch.arange(chain.length - 1).unsqueeze(-1) < rows.ends
-    after = both[1:] * (active * weights).unsqueeze(-1)
-    pairs = both[:-1].reshape(-1, k).T @ after.reshape(-1, k)
-    first = both[0] * weights.unsqueeze(-1)
-    given = [_given(part, evidence, dtype) for part in (parts.opening, parts.following)]
+    both, at = torch.cat(states), (rows.step, rows.sequence)
+    after = both[at[0] + 1, at[1]] * weights[at[1]].unsqueeze(-1)
+    pairs = both[at].T @ after
+    first = (both[0] * weights.unsqueeze(-1))[rows.order]
+    index = rows.step * count + rows.sequence
+    given = (_given(rows.first, evidence, rows.order), _given(rows.later, evidence, index))
     return {
-        **_of_states(parts, first, pairs, dtype),
-        **add_statistics(parts.opening, rows.opening, None, first, dtype, given[0]),
-        **add_statistics(
-            parts.following, rows.following, None, after.reshape(-1, k), dtype, given[1]
-        ),
+        **_of_states(rows, first, pairs, dtype),
+        **add_statistics(rows.first, rows.opening, None, first, dtype, given[0]),
+        **add_statistics(rows.later, rows.following, None, after, dtype, given[1]),
     }
 
 
-def _given(part: Part, evidence: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor | None:
+def _given(part: Part, evidence: Mapping[str, Tensor], index: Tensor) -> Tensor | None:
     """The evidence of the assignments inside a step: their joint states by rows."""
     total: Tensor | None = None
     for name, size in zip(part.group.names[1:], part.group.sizes[1:], strict=True):
-        own = torch.full((1, size), 1 / size, dtype=dtype)
+        own = part.group.zero.new_full((1, size), 1 / size)
         if name in evidence:
-            own = evidence[name].to(dtype).reshape(-1, size)
+            own = evidence[name].to(own).reshape(-1, size)[index]
         total = own if total is None else (total.unsqueeze(2) * own.unsqueeze(1)).flatten(1)
     return None if total is None else total.T
 
 
 def log_chains(rows: ChainRows, params: Params, found: list[Coefficients]) -> Chains:
     """The log-probabilities of a chain at ``params``, without the base measure."""
-    parts, k, count = rows.parts, rows.parts.chain.num_states, len(rows.ends)
-    run = Run(parts.opening.mixture.plan, params)
+    k, (first, pair) = rows.chain.num_states, _of_chain(rows, params)
+    start = first + seen(rows.first, rows.opening, found[0], len(rows.ends), rows.scratch)
+    emit = seen(rows.later, rows.following, found[1], len(rows.step), rows.scratch)
+    matrix = pair.double().reshape(1, 1, k, k)
+    ends = rows.ends.clamp(min=0)
+    return Chains(start.double(), matrix, emit.double(), ends, rows.offsets)
+
+
+def _of_chain(rows: ChainRows, params: Params) -> tuple[Tensor, Tensor]:
+    """The log-probabilities of the first state, and of each state after each."""
+    run, k = Run(rows.first.mixture.plan, params), rows.chain.num_states
     first, pair = (
         part.state.log_prior(run.centred(part.state.site)).reshape(-1, k)
-        for part in (parts.opening, parts.following)
+        for part in (rows.first, rows.later)
     )
-    steps = parts.chain.length - 1
-    start = first + seen(parts.opening, rows.opening, found[0], count, rows.scratch)
-    emit = seen(parts.following, rows.following, found[1], steps * count, rows.scratch)
-    return Chains(
-        start.double(),
-        pair.expand(k, k).double().reshape(1, 1, k, k),
-        emit.double().reshape(steps, count, k),
-        rows.ends.clamp(min=0),
-    )
+    return first, pair.expand(k, k)
 
 
 def potentials_of(rows: ChainRows, params: Params, best: bool = False) -> Potentials:
     """A chain's log-probabilities at ``params``; ``best`` has what is inside a step at its best."""
-    parts, chain, k = rows.parts, rows.parts.chain, rows.parts.chain.num_states
-    run = Run(parts.opening.mixture.plan, params)
-    prior, pair = (
-        part.state.log_prior(run.centred(part.state.site)).reshape(-1, k)
-        for part in (parts.opening, parts.following)
-    )
-    shape, steps = rows.shape, chain.length - 1
-    rank = len(shape)
-    first = _joint(parts.opening, rows.opening, params, len(rows.ends), best)
-    later = _joint(parts.following, rows.following, params, steps * len(rows.ends), best)
-    opened = first[0].reshape((*shape, k))
-    inner = tuple(
-        None if x is None else x.reshape((count, *shape, 1, *x.shape[1:]))
-        for x, count in ((first[1], 1), (later[1], steps))
-    )
+    k, (prior, pair) = rows.chain.num_states, _of_chain(rows, params)
+    shape, rank = rows.shape, len(rows.shape)
+    tables, inner = [], []
+    for part, whole, own, first in (
+        (rows.first, rows.parts.opening, rows.opening, True),
+        (rows.later, rows.parts.following, rows.following, False),
+    ):
+        count = len(rows.ends) if first else len(rows.step)
+        unseen = _joint(whole, None, params, 1, best)
+        table, joint = _joint(part, own, params, count, best)
+        spread = rows.spread(table, first, unseen[0])
+        tables.append(spread.reshape((len(spread), *shape, k)))
+        if joint is not None and unseen[1] is not None:
+            joint = rows.spread(joint, first, unseen[1])
+            joint = joint.reshape((len(joint), *shape, 1, *joint.shape[2:]))
+        inner.append(joint)
     return Potentials(
-        chain,
+        rows.chain,
         shape,
-        prior.reshape((1,) * rank + (k,)) + opened,
-        opened,
-        pair.expand(k, k).reshape((1,) * (rank + 1) + (k, k)),
-        later[0].reshape((steps, *shape, k)),
+        prior.reshape((1,) * rank + (k,)) + tables[0][0],
+        tables[0][0],
+        pair.reshape((1,) * (rank + 1) + (k, k)),
+        tables[1],
         (inner[0], inner[1]),
-        (parts.opening.group.names[1:], parts.following.group.names[1:]),
+        (rows.first.group.names[1:], rows.later.group.names[1:]),
     )
 
 

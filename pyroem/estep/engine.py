@@ -260,8 +260,7 @@ class ChainEngine:
         (chunk,), statistics = self.chunks, dict[str, SiteStatistics]()
         with torch.no_grad():
             for rows in chunk.rows:
-                chain = rows.parts.chain
-                own = sequence_weights(self.structure, chain, rows.shape, importance)
+                own = sequence_weights(self.structure, rows.chain, rows.shape, importance)
                 statistics.update(expect_chain_given(rows, evidence, own))
         return Expected(torch.zeros((), dtype=self.structure.program.dtype), statistics, {})
 

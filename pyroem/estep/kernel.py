@@ -27,7 +27,11 @@ IMPOSSIBLE = -1e200  # a sum that holds the logarithm of zero
 
 
 class Rows:
-    """The data of all observations, in blocks, and their base measure."""
+    """The data of all observations, in blocks, and their base measure.
+
+    Of the rows only those of ``index`` are taken, if it is given. Masks are left out if it is known
+    (not ``masked``) that they hide none of them.
+    """
 
     def __init__(
         self,
@@ -36,6 +40,8 @@ class Rows:
         weights: Tensor | None = None,
         cache: int = CACHE,
         device: torch.device | None = None,
+        index: Tensor | None = None,
+        masked: bool = True,
     ) -> None:
         self.device = device or torch.device("cpu")
         self.mixture, self.dtype = mixture, mixture.plan.structure.program.dtype
@@ -43,10 +49,13 @@ class Rows:
         for layout in mixture.layouts:
             node = nodes[layout.site.name]
             base, _, _ = unwrap(node["fn"])
-            mask = base_mask(node)
+            mask = base_mask(node) if masked else None
             if mask is not None:
                 mask = pad(mask.to(layout.site.dtype), layout.rank, 0)
-            self.columns[layout.site.name] = Columns(layout, base, node["value"], mask, device)
+            column = Columns(layout, base, node["value"], mask, device)
+            if index is not None:
+                column.take(index)
+            self.columns[layout.site.name] = column
         self.num_rows = max(c.num_rows for c in self.columns.values())
         self.weights = None if weights is None else weights.reshape(-1).to(self.device)
         self.total = float(self.num_rows if weights is None else weights.sum())

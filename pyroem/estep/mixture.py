@@ -11,6 +11,7 @@ in blocks of rows that stay in the processor's cache (:mod:`pyroem.estep.kernel`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -104,7 +105,7 @@ class Group:
     @cached_property
     def num_states(self) -> int:
         """The number of joint states, of all copies together."""
-        return int(torch.Size(self.sizes).numel())
+        return math.prod(self.sizes)
 
     @cached_property
     def zero(self) -> Tensor:
@@ -183,8 +184,8 @@ def mixture_of(structure: Structure, plan: Plan) -> Mixture | str:
     for names in _components(list(structure.assignments), linked):
         ordered = tuple(z for z in structure.assignments if z in names)
         sizes = tuple(structure.assignments[z] for z in ordered)
-        if torch.Size(sizes).numel() > MOST_STATES:
-            return f"{', '.join(ordered)} have {torch.Size(sizes).numel()} joint states"
+        if math.prod(sizes) > MOST_STATES:
+            return f"{', '.join(ordered)} have {math.prod(sizes)} joint states"
         own = {n: v for n, v in parents.items() if set(v.values()) & names or not (v or names)}
         assigned = tuple(assigned_of(structure, plan, z, ordered) for z in ordered)
         seen = [n for n in own if n not in structure.assignments]

@@ -15,7 +15,7 @@ Source: Rabiner (1989); Saerkkae and Garcia-Fernandez (2021) for the parallel sc
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,19 +38,22 @@ class Chains:
 
     ``start`` (N, K) is of the first step; ``pair`` (T or 1, N or 1, K, K) of a step's state after
     that before; ``emit`` (T, N, K) of what was seen at a step. Sequence ``n`` has ``ends[n]`` steps
-    after the first.
+    after the first. With ``offsets`` (T + 1) the sequences stand by falling length, and ``emit``
+    has rows only for those that go on: those of step ``t + 1`` from ``offsets[t]`` on.
     """
 
     start: Tensor
     pair: Tensor
     emit: Tensor
     ends: Tensor
+    offsets: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Smoothed:
     """Posteriors: of states (T + 1, N, K), of pairs (summed where ``pair`` has one), times weights.
 
+    With offsets, those of the states are the N rows of the first step and then those of ``emit``.
     ``log_likelihood`` (N) is not weighted.
     """
 
@@ -63,7 +66,28 @@ def smooth(chains: Chains, weights: Tensor, fast: bool = True) -> Smoothed:
     """Forward-backward, linear in the number of steps."""
     if fast and compiled is not None and chains.emit.device.type == "cpu":
         return _compiled(chains, weights)
-    return _in_torch(chains, weights)
+    if chains.offsets is None:
+        return _in_torch(chains, weights)
+    step, sequence = places(chains.offsets)
+    found = _in_torch(_dense(chains, step, sequence), weights)
+    return replace(found, states=torch.cat([found.states[0], found.states[step + 1, sequence]]))
+
+
+def places(offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """The step (after the first) and the sequence of each row."""
+    counts = offsets.diff()
+    step = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    row = torch.arange(int(offsets[-1]), device=counts.device)
+    return step, row - offsets[:-1].repeat_interleave(counts)
+
+
+def _dense(chains: Chains, step: Tensor, sequence: Tensor) -> Chains:
+    """The same with a row for every step of every sequence."""
+    assert chains.offsets is not None
+    shape = (len(chains.offsets) - 1, len(chains.start), chains.emit.shape[-1])
+    emit = chains.emit.new_zeros(shape)
+    emit[step, sequence] = chains.emit
+    return Chains(chains.start, chains.pair, emit, chains.ends)
 
 
 def best_path(chains: Chains, fast: bool = True) -> Tensor:
@@ -95,44 +119,67 @@ def best_path(chains: Chains, fast: bool = True) -> Tensor:
 
 def _compiled(chains: Chains, weights: Tensor) -> Smoothed:
     start, pair, emit = (x.contiguous() for x in (chains.start, chains.pair, chains.emit))
-    steps, sequences, states = emit.shape
+    (sequences, states), dense = start.shape, chains.offsets is None
+    offsets = chains.offsets
+    if offsets is None:
+        offsets = torch.arange(len(emit) + 1) * sequences
+        emit = emit.reshape(-1, states)
     shift = _finite(pair.amax((2, 3)))
     matrix = (pair - shift[..., None, None]).exp()
     top, first = _finite(emit.amax(-1)), _finite(start.amax(-1))
     likelihood = (emit - top.unsqueeze(-1)).exp_()
     strict = bool((matrix < STRICT).any())
-    ahead = torch.empty((steps + 1, sequences, states), dtype=torch.float64)
-    scale = torch.empty((steps + 1, sequences), dtype=torch.float64)
+    rows = sequences + len(emit)
+    ahead = torch.empty((rows, states), dtype=torch.float64)
+    scale = torch.empty(rows, dtype=torch.float64)
     lost = torch.zeros(sequences, dtype=torch.bool)
     ends, w = chains.ends.contiguous(), weights.to(torch.float64).contiguous()
     xi = torch.zeros_like(pair)
-    numbers = [x.numpy() for x in (matrix, likelihood, ends)]
+    numbers = [x.numpy() for x in (matrix, likelihood, offsets, ends)]
     opening = (start - first.unsqueeze(-1)).exp().numpy()
-    state = ahead.numpy(), scale.numpy(), lost.numpy()
-    compiled.quick_forward(opening, *numbers, strict, *state)
+    compiled.quick_forward(opening, *numbers, strict, ahead.numpy(), scale.numpy(), lost.numpy())
     if strict:
         compiled.overflown(*numbers, scale.numpy(), lost.numpy())
     compiled.quick_backward(
         *numbers, w.numpy(), scale.numpy(), ahead.numpy(), xi.numpy(), lost.numpy()
     )
-    active = torch.arange(steps).unsqueeze(-1) < ends
-    shifts = top + shift if shift.numel() > 1 else top + shift.reshape(())
-    value = first + scale.log().sum(0) + torch.where(active, shifts, 0.0).sum(0)
+    step, sequence = places(offsets) if sequences > 1 or shift.numel() > 1 or lost.any() else (0, 0)
+    value = first + _lowered(scale, top, shift, ends, step, sequence)
     if lost.any():
+        assert isinstance(step, Tensor) and isinstance(sequence, Tensor)
         index = lost.nonzero().reshape(-1)
+        whole = _dense(replace(chains, emit=emit, offsets=offsets), step, sequence)
         few = Chains(
             start[index],
             pair if pair.shape[1] == 1 else pair[:, index].contiguous(),
-            emit[:, index].contiguous(),
+            whole.emit[:, index].contiguous(),
             ends[index],
         )
         careful = _careful(few, w[index])
-        value[index], ahead[:, index] = careful.log_likelihood, careful.states
+        value[index], ahead[index] = careful.log_likelihood, careful.states[0]
+        number = torch.full((sequences,), -1).scatter_(0, index, torch.arange(len(index)))
+        mine = number[sequence] >= 0
+        ahead[sequences:][mine] = careful.states[step[mine] + 1, number[sequence[mine]]]
         if pair.shape[1] == 1:
             xi += careful.pairs
         else:
             xi[:, index] = careful.pairs
-    return Smoothed(value, ahead, xi)
+    return Smoothed(value, ahead.reshape(-1, sequences, states) if dense else ahead, xi)
+
+
+def _lowered(
+    scale: Tensor, top: Tensor, shift: Tensor, ends: Tensor, step: Any, sequence: Any
+) -> Tensor:
+    """The log-likelihood of each sequence from what every step was lowered by."""
+    sequences = len(ends)
+    own = scale[sequences:].log() + top
+    if not isinstance(step, Tensor):  # one sequence, one matrix
+        end = int(ends[0])
+        return scale[:1].log() + own[:end].sum() + shift.reshape(()) * end
+    whole = shift.expand(max(len(shift), int(ends.max())), sequences)
+    by_row = whole[step.clamp(max=len(whole) - 1), sequence] if len(step) else own
+    own = torch.where(step < ends[sequence], own + by_row, 0.0)
+    return scale[:sequences].log().index_add(0, sequence, own)
 
 
 def _careful(chains: Chains, weights: Tensor) -> Smoothed:

@@ -90,7 +90,7 @@ def _standing_for(
     found = set()
     for name, value in points[0].items():
         if value.numel() and all(
-            bool(torch.isin(point[name], getattr(base, argument)).all())
+            bool(torch.isin(point[name], getattr(base, argument).contiguous()).all())
             for base, point in zip(bases, points, strict=True)
         ):
             found.add(name)

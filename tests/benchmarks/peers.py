@@ -121,9 +121,9 @@ def hmmlearn_chain(
     rows: Tensor, lengths: Tensor | None, start: Params, iterations: int, implementation: str
 ) -> Run:
     """hmmlearn's ``GaussianHMM`` with diagonal covariances; no priors."""
-    hmm = pytest.importorskip("hmmlearn.hmm")
+    base: Any = pytest.importorskip("hmmlearn.hmm").GaussianHMM
 
-    class Clocked(hmm.GaussianHMM):  # type: ignore[misc]
+    class Clocked(base):
         def _do_estep(self, *args: Any) -> Any:
             self.stamps = [*getattr(self, "stamps", []), time.perf_counter()]
             return super()._do_estep(*args)
