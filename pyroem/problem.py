@@ -38,16 +38,17 @@ from pyroem.mstep.plan import Plan, Rung, make_plan
 from pyroem.mstep.runs import Expected
 from pyroem.mstep.scales import variance_floors
 from pyroem.mstep.update import THOROUGH, Effort, m_step
-from pyroem.reading import has_loops, on_other_sequences, read
+from pyroem.reading import has_loops, on_other_sequences, plate_of, read, with_own_values
 from pyroem.sampling import has_rows, leading_size, sample_rows, take
 from pyroem.streaming import Maker, RowMaker, SequenceMaker, Streamed, sampled
 from pyroem.structure import Fixed, Params, Structure
 from pyroem.symmetry import StateGroup, state_groups
-from pyroem.whole import constant_along_rows, whole_data
+from pyroem.whole import same_arguments, whole_data
 
 ENGINES = ("auto", "kernel", "trace")
 SAMPLE, LARGE = 2003, 8192  # rows that a large problem is read on; what is large
 SOME_STEPS = 1000  # of a long chain that it is read on
+SOME_SEQUENCES = 100  # of many that they are read on
 PER_STATE = 50  # rows of the sample for each joint state
 
 
@@ -295,29 +296,36 @@ def _pose_long(
 ) -> Problem | None:
     """The problem of long chains, read on some of their steps; None where all have to be read."""
     try:
-        structure = read(model, args, kwargs, dtype=dtype, chains=True, some_steps=SOME_STEPS)
+        rows = leading_size((args, kwargs))
+        few = args, kwargs
+        if rows > SOME_SEQUENCES and plate_of(model, args, kwargs, dtype, rows):
+            few = take(few, sample_rows(rows, SOME_SEQUENCES), rows)
+        structure = read(model, *few, dtype=dtype, chains=True, some_steps=SOME_STEPS)
         loops = structure.program.loops
-        if loops is None or len(loops.steps) >= max(loops.lengths) - 1:
+        if loops is None or (few[0] is args and len(loops.steps) >= max(loops.lengths) - 1):
             return None
+        structure = with_own_values(structure, args, kwargs)
         plan = make_plan(structure, fixed)
         structure = plan.structure
         parts = chain_parts(structure, plan)
         if isinstance(parts, str):
             return None
-        point, data = plan.reading.points[0], structure.program
-        whole = on_other_sequences(structure, point, data.args, data.kwargs)
+        point = plan.reading.points[0]
+        whole = on_other_sequences(structure, point, args, kwargs)
         with isolated(dtype, 0), torch.no_grad():
-            nodes = whole.program.run(point).nodes
-            if not constant_along_rows(nodes, plan):
+            if not same_arguments(
+                whole.program.run(point, nesting=whole.nesting).nodes, plan, point
+            ):
                 return None
-            row_weights = None if weights is None else check_weights(weights, structure)
+            nodes = whole.program.run(point).nodes
+            row_weights = None if weights is None else check_weights(weights, whole)
             chunk = sequences_of(whole, parts, nodes, row_weights)
             engine = ChainEngine(whole, plan, parts, [chunk])
             run = plan.reading.traces[0]
             lengths = {c.name: run.sizes(c.step)[c.steps] + 1 for c in structure.chains}
-            few = tuple(replace(c, length=lengths[c.name]) for c in structure.chains)
-            structure = replace(structure, chains=few)
-            _check_chains(sequences_of(structure, parts, run.trace.nodes, packed=False))
+            read_chains = tuple(replace(c, length=lengths[c.name]) for c in structure.chains)
+            small = replace(structure, chains=read_chains)
+            _check_chains(sequences_of(small, parts, run.trace.nodes, packed=False))
     except PyroemError:
         return None  # what is wrong is found, and told, on all the data
     floors = variance_floors(structure, plan.blocks, floor)

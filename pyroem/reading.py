@@ -154,6 +154,39 @@ def has_loops(
     return bool(reader.loops)
 
 
+def plate_of(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dtype: torch.dtype,
+    size: int,
+) -> bool:
+    """Whether a program with loops has a plate of so many rows."""
+    reader = Brief(2)
+    with isolated(dtype, 0):
+        run, _ = Program(model, args, kwargs, dtype, {}, {}).run_and_see({}, reader=reader)
+    sites = [site for site in run.nodes.values() if site["type"] == "sample"]
+    return bool(reader.loops) and any(f.size == size for s in sites for f in plate_frames(s))
+
+
+def with_own_values(
+    structure: Structure, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Structure:
+    """The structure, its parameters with the values that the program gives them on all the data."""
+    program = replace(structure.program, args=args, kwargs=kwargs, fill={}, loops=None)
+    with isolated(program.dtype, 0):
+        nodes = program.run_and_see({}, reader=Brief(2))[0].nodes
+    parameters = {}
+    for name, parameter in structure.parameters.items():
+        value = nodes[name]["value"].detach().clone().to(program.dtype)
+        if tuple(value.shape) != parameter.shape or not value.isfinite().all():
+            raise ModelError(
+                f"Parameter '{name}' is not the same on all the data as on some of it."
+            )
+        parameters[name] = parameter if parameter.random else replace(parameter, value=value)
+    return replace(structure, parameters=parameters)
+
+
 def _is_sample(site: Site) -> bool:
     return site["type"] == "sample" and not is_plate_site(site)
 

@@ -230,6 +230,30 @@ def constant_along_rows(nodes: Mapping[str, Any], plan: Plan) -> bool:
     return True
 
 
+def same_arguments(nodes: Mapping[str, Any], plan: Plan, params: Params) -> bool:
+    """Whether the arguments and priors at ``params`` are those of the rows that were read.
+
+    ``nodes`` are the program's sites there, on other rows.
+    """
+    if not constant_along_rows(nodes, plan):
+        return False
+    some = Run(plan, params).nodes
+    for name, site in plan.reading.sites.items():
+        pair = [site.family.arguments(unwrap(n[name]["fn"])[0]) for n in (nodes, some)]
+        for key, argument in site.arguments.items():
+            cut = [
+                narrow(v[key], argument.event_dim, len(site.shape), argument.varies) for v in pair
+            ]
+            if not _close(*cut):
+                return False
+    for name, parameter in plan.structure.parameters.items():
+        if parameter.has_prior:
+            densities = [n[name]["fn"].log_prob(params[name]) for n in (nodes, some)]
+            if not _close(*densities):
+                return False
+    return True
+
+
 def _close(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape:
         return False

@@ -162,6 +162,27 @@ def overflown(
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
+def add_lowered(
+    scale: Array, top: Array, shift: Array, offsets: Array, ends: Array, value: Array
+) -> None:  # pragma: no cover  (compiled)
+    """Add to ``value[n]`` the logarithms of what the steps of a sequence were divided by."""
+    sequences, lost = len(ends), np.zeros(len(ends))
+    by_step, by_sequence = shift.shape[0] > 1, shift.shape[1] > 1
+    for n in range(sequences):
+        value[n] += np.log(scale[n])
+    for t in range(len(offsets) - 1):
+        first = offsets[t]
+        for n in range(offsets[t + 1] - first):
+            if t < ends[n]:
+                own = np.log(scale[sequences + first + n]) + top[first + n]
+                own += shift[t if by_step else 0, n if by_sequence else 0] - lost[n]
+                # Kahan's sum: over a million steps the digits that are lost would show.
+                grown = value[n] + own
+                lost[n] = (grown - value[n]) - own if np.isfinite(grown) else 0.0
+                value[n] = grown
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
 def _scores(values: Array, out: Array) -> float:  # pragma: no cover  (compiled)
     """``exp(values - largest)`` into ``out``; returns the largest."""
     top = -np.inf

@@ -140,11 +140,12 @@ class ChainRows:
         if not part.group.observed:
             return None, part
         weights = weights.to(part.group.zero.dtype)
-        rows = Rows(part.mixture, nodes, weights, self.cache, index=index)
+        cache = 4 * self.cache  # the statistics of rows in two plates are kept anyway
+        rows = Rows(part.mixture, nodes, weights, cache, index=index)
         masks = [c.mask for c in rows.columns.values()]
         if any(m is not None for m in masks) and all(m is None or bool(m.all()) for m in masks):
             part = replace(part, mixture=_unmasked(part.mixture))
-            rows = Rows(part.mixture, nodes, weights, self.cache, index=index, masked=False)
+            rows = Rows(part.mixture, nodes, weights, cache, index=index, masked=False)
         return rows, part
 
     def spread(self, x: Tensor, first: bool, unseen: Tensor) -> Tensor:
@@ -227,14 +228,11 @@ def seen(
     own = Scratch()
     for start, stop in rows.blocks():
         phi = rows.phi(0, start, stop, own)
-        if len(group.sizes) == 1:
-            into = out[start:stop].T
-            joint = log_joint_states(group, base, found.natural[0], phi, stop - start, into)
-            if joint.data_ptr() != into.data_ptr():
-                into.copy_(joint)
-        else:
-            joint = log_joint_states(group, base, found.natural[0], phi, stop - start)
-            out[start:stop] = joint.reshape(k, -1, stop - start).logsumexp(1).T
+        into = own.empty("joint", (len(base), stop - start), base)
+        joint = log_joint_states(group, base, found.natural[0], phi, stop - start, into)
+        if len(group.sizes) > 1:
+            joint = joint.reshape(k, -1, stop - start).logsumexp(1)
+        out[start:stop] = joint.T
     return out
 
 

@@ -118,7 +118,8 @@ def best_path(chains: Chains, fast: bool = True) -> Tensor:
 
 
 def _compiled(chains: Chains, weights: Tensor) -> Smoothed:
-    start, pair, emit = (x.contiguous() for x in (chains.start, chains.pair, chains.emit))
+    own = chains.start, chains.pair, chains.emit
+    start, pair, emit = (x.double().contiguous() for x in own)
     (sequences, states), dense = start.shape, chains.offsets is None
     offsets = chains.offsets
     if offsets is None:
@@ -143,10 +144,10 @@ def _compiled(chains: Chains, weights: Tensor) -> Smoothed:
     compiled.quick_backward(
         *numbers, w.numpy(), scale.numpy(), ahead.numpy(), xi.numpy(), lost.numpy()
     )
-    step, sequence = places(offsets) if sequences > 1 or shift.numel() > 1 or lost.any() else (0, 0)
-    value = first + _lowered(scale, top, shift, ends, step, sequence)
+    value = first.clone()
+    compiled.add_lowered(*(x.numpy() for x in (scale, top, shift, offsets, ends, value)))
     if lost.any():
-        assert isinstance(step, Tensor) and isinstance(sequence, Tensor)
+        step, sequence = places(offsets)
         index = lost.nonzero().reshape(-1)
         whole = _dense(replace(chains, emit=emit, offsets=offsets), step, sequence)
         few = Chains(
@@ -165,21 +166,6 @@ def _compiled(chains: Chains, weights: Tensor) -> Smoothed:
         else:
             xi[:, index] = careful.pairs
     return Smoothed(value, ahead.reshape(-1, sequences, states) if dense else ahead, xi)
-
-
-def _lowered(
-    scale: Tensor, top: Tensor, shift: Tensor, ends: Tensor, step: Any, sequence: Any
-) -> Tensor:
-    """The log-likelihood of each sequence from what every step was lowered by."""
-    sequences = len(ends)
-    own = scale[sequences:].log() + top
-    if not isinstance(step, Tensor):  # one sequence, one matrix
-        end = int(ends[0])
-        return scale[:1].log() + own[:end].sum() + shift.reshape(()) * end
-    whole = shift.expand(max(len(shift), int(ends.max())), sequences)
-    by_row = whole[step.clamp(max=len(whole) - 1), sequence] if len(step) else own
-    own = torch.where(step < ends[sequence], own + by_row, 0.0)
-    return scale[:sequences].log().index_add(0, sequence, own)
 
 
 def _careful(chains: Chains, weights: Tensor) -> Smoothed:

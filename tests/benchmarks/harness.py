@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.programs import Params, Program
+from benchmarks.programs import Params
 from pyroem import EM
 
 THREADS = 2
@@ -48,10 +48,10 @@ def exactly(n: int) -> EM:
     return EM(tol=0, param_tol=0, max_iter=n)
 
 
-def run_pyroem(em: EM, program: Program, x: Tensor, **options: Any) -> Run:
+def run_pyroem(em: EM, program: Any, x: Tensor, *more: Tensor, **options: Any) -> Run:
     """One fit. Its history is stamped after each iteration and leaves the reading out."""
     clock = time.perf_counter()
-    fit = em.fit(program, x, **options)
+    fit = em.fit(program, x, *more, **options)
     whole, value = time.perf_counter() - clock, fit.log_likelihood / len(x)
     return Run(lap(r.seconds for r in fit.history), whole, fit.n_iter, dict(fit.params), value)
 

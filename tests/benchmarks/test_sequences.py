@@ -69,7 +69,7 @@ def test_many_sequences() -> None:
     x = torch.nn.utils.rnn.pad_sequence(list(rows.split(lengths.tolist())), batch_first=True)
     program = programs.ragged_chains(k)
     ours, theirs = interleave(
-        lambda: run_pyroem(exactly(times), lambda x: program(x, lengths), x, init=start),
+        lambda: run_pyroem(exactly(times), program, x, lengths, init=start),
         lambda: peers.hmmlearn_chain(rows, lengths, start, times, "scaling"),
     )
     assert_equal(ours[0], theirs[0])
