@@ -246,12 +246,14 @@ def check_steps(
         outside = name in run.factors and step_of(own.trace.nodes[name]) is None
         if outside and not torch.equal(own.factors[name].tensor, run.factors[name].tensor):
             raise LoopError(f"site '{name}', outside the loop, depends on what the loop made")
+    keys = _places(own), _places(run)
+    plates = [as_one.plate(loop).name for loop in range(len(loops))]
     for (loop, step), names in theirs.items():
         partners = ours.get((loop, min(step, 1)), [])
         if len(partners) != len(names):
             raise LoopError(f"step {step} has sites {quoted(names)}, not {quoted(partners)}")
         for name, partner in zip(names, partners, strict=True):
-            if not _agree(own, name, run, partner, step, as_one.plate(loop).name):
+            if not _agree(own, name, keys[0], run, partner, keys[1], step, plates[loop]):
                 carried = (
                     "; what passes from step to step must be the state only (take an earlier"
                     " observation from the data: x[t - 1])"
@@ -282,13 +284,34 @@ def _one_by_one(
     return enumerated(program, point, nesting, frozenset(names), reader())
 
 
+_Places = Mapping[str, tuple[int, int]]  # of an assignment its step, and its number there
+
+
+def _places(run: Enumerated) -> _Places:
+    counts: dict[tuple[int, int] | None, int] = {}
+    found = {}
+    for name in run.states:
+        at = step_of(run.trace.nodes[name])
+        counts[at] = counts.get(at, -1) + 1
+        if at is not None:
+            found[name] = at[1], counts[at]
+    return found
+
+
 def _agree(
-    own: Enumerated, name: str, run: Enumerated, partner: str, step: int, steps: str
+    own: Enumerated,
+    name: str,
+    own_places: _Places,
+    run: Enumerated,
+    partner: str,
+    places: _Places,
+    step: int,
+    steps: str,
 ) -> bool:
     """Whether two factors say the same; ``step`` is where the first one stands."""
     a, b = own.factors[name], run.factors[partner]
-    keys_a = [_key(own, n, step) for n in own.names(a.dims)]
-    keys_b = [_key(run, n, min(step, 1)) for n in run.names(b.dims)]
+    keys_a = [_key(own_places, n, step) for n in own.names(a.dims)]
+    keys_b = [_key(places, n, min(step, 1)) for n in run.names(b.dims)]
     tensor = b.tensor
     if steps in keys_b:
         tensor = tensor.select(keys_b.index(steps), step - 1)
@@ -303,10 +326,9 @@ def _agree(
     return torch.allclose(left, right, rtol=ALMOST, atol=ALMOST, equal_nan=True)
 
 
-def _key(run: Enumerated, name: str, step: int) -> str:
+def _key(places: _Places, name: str, step: int) -> str:
     """What a dim of a factor stands for: a plate, or an assignment of some steps before."""
-    at = step_of(run.trace.nodes[name]) if name in run.states else None
-    if at is None:
+    if name not in places:
         return name
-    members = [n for n in run.states if step_of(run.trace.nodes[n]) == at]
-    return f"{step - at[1]} before, {members.index(name)}"
+    at, number = places[name]
+    return f"{step - at} before, {number}"

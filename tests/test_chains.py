@@ -949,3 +949,204 @@ def test_single_precision() -> None:
     torch.testing.assert_close(
         single.params["loc"].double(), double.params["loc"], rtol=0, atol=1e-3
     )
+
+
+# ---------------------------------------------------------------------------------------
+# Layouts and names
+
+
+def turns() -> Any:
+    start = torch.tensor([[0.8, 0.2], [0.3, 0.7]])
+    return pyro.param("transition", start, constraint=constraints.simplex)
+
+
+def ways() -> tuple[Tensor, Tensor]:
+    return turns(), pyro.param("loc", torch.tensor([-1.0, 1.0]))
+
+
+def after(z: Any, transition: Tensor) -> Any:
+    return dist.Categorical(transition[0] if z is None else transition[z])
+
+
+def two_loops(x: Tensor, y: Tensor) -> None:
+    """Chains of different lengths, in plates of different sizes."""
+    transition, loc = ways()
+    for name, data in (("u", x), ("v", y)):
+        z = None
+        with pyro.plate(name, data.shape[1]):
+            for t in pyro.markov(range(len(data))):
+                z = pyro.sample(f"z{name}_{t}", after(z, transition))
+                pyro.sample(f"{name}_{t}", dist.Normal(loc[z], 1.0), obs=data[t])
+
+
+def one_stem(x: Tensor, y: Tensor) -> None:
+    """Two chains in one loop, their names alike but for the end; one is masked."""
+    transition, loc = ways()
+    slope = pyro.param("slope", torch.tensor(0.3))
+    z = w = None
+    with pyro.plate("rows", x.shape[1]):
+        for t in pyro.markov(range(len(x))):
+            z = pyro.sample(f"s_{t}_a", after(z, transition))
+            pyro.sample(f"x_{t}", dist.Normal(loc[z] + slope * y[t], 1.0), obs=x[t])
+            w = pyro.sample(f"s_{t}_b", after(w, transition))
+            seen = dist.Normal(loc[w], 1.0).mask(t < torch.tensor([2, 3, 6]))
+            pyro.sample(f"y_{t}", seen, obs=y[t])
+
+
+def beside_the_loop(x: Tensor, y: Tensor) -> None:
+    """An observation of each sequence that hangs on no state."""
+    transition, loc = ways()
+    mean, z = pyro.param("mean", torch.tensor(0.0)), None
+    with poutine.scale(scale=0.5), pyro.plate("rows", x.shape[1]):
+        pyro.sample("y", dist.Normal(mean, 1.0), obs=y[0])
+        for t in pyro.markov(range(len(x))):
+            z = pyro.sample(f"z_{t}", after(z, transition))
+            pyro.sample(f"x_{t}", dist.Normal(loc[z], 1.0), obs=x[t])
+
+
+def added_up(x: Tensor, y: Tensor) -> None:
+    """What the loop adds up is used after it: it cannot run as one."""
+    transition, loc = ways()
+    z, total = None, torch.zeros(())
+    for t in pyro.markov(range(len(x))):
+        z = pyro.sample(f"z_{t}", after(z, transition))
+        pyro.sample(f"x_{t}", dist.Normal(loc[z], 1.0), obs=x[t, 0])
+        total = total + loc.pow(2).sum()
+    pyro.factor("penalty", -total)
+
+
+def words(x: Tensor, y: Tensor) -> None:
+    """Counts of several words, of which the numbers are no tensors; a name in the middle."""
+    transition = turns()
+    probs = pyro.param("probs", torch.tensor([[0.2, 0.3, 0.5], [0.6, 0.2, 0.2]]))
+    z = None
+    for t in pyroem.markov(len(x)):
+        z = pyro.sample(f"z_{t}", after(z, transition))
+        logits = probs[z] * y[t, 0]
+        counts = (x[t].abs() * 3).round()
+        pyro.deterministic(f"logits_{t}", logits)
+        pyro.sample(f"x_{t}_words", dist.Multinomial(9, logits=logits), obs=counts)
+
+
+@pytest.mark.parametrize(
+    "program", [two_loops, one_stem, beside_the_loop, added_up, words], ids=lambda p: p.__name__
+)
+def test_layouts(program: Callable[[Tensor, Tensor], None]) -> None:
+    x = torch.randn(6, 3, generator=seeded(), **DOUBLE)
+    if program is words:
+        x = torch.tensor([[1.0, 1.0, 1.0]], **DOUBLE).expand(6, 3)
+    y = torch.randn(9 if program is two_loops else 6, 2, generator=seeded(1), **DOUBLE)
+    y = torch.cat([y, y[:, :1]], 1) if program is not two_loops else y
+    fit = EM(max_iter=3).fit(program, x, y)
+    assert bool(fit.problem.structure.chains) == (program is not added_up)
+    value = float(pyroem.log_joint(program, fit.params, x, y))
+    assert fit.log_joint == pytest.approx(value, rel=1e-10)
+    if program is beside_the_loop:
+        assert float(fit.log_prob().sum()) == pytest.approx(value, rel=1e-10)
+    if program is two_loops:
+        assert {n: tuple(p.shape) for n, p in fit.predict().items()} == {"zu": (3, 6), "zv": (2, 9)}
+        assert float(fit.log_prob()) == pytest.approx(value, rel=1e-10)  # no plate is theirs both
+    if program is one_stem:
+        assert set(fit.sample(2)) == {"s_a", "s_b", "x", "y"}
+    if program is words:
+        assert set(fit.sample()) == {"z", "x_words"}
+        assert fit.sample()["x_words"].sum(-1).tolist() == [9] * 6
+
+
+def test_filter_refuses_what_it_cannot_go_on_with() -> None:
+    def seasonal(x: Tensor) -> None:
+        transition, loc = ways()
+        season, z = pyro.param("season", torch.tensor([0.0, 1.0])), None
+        for t in pyroem.markov(len(x)):
+            z = pyro.sample(f"z_{t}", after(z, transition))
+            pyro.sample(f"x_{t}", dist.Normal(loc[z] + season[t % 2], 1.0), obs=x[t])
+
+    x = sticky_data(12)
+    fit = EM(max_iter=2).fit(seasonal, x)
+    for overlap in (False, True):
+        with pytest.raises(SettingError, match="number of the step"):
+            fit.filter(x[10:], state=fit.filter(x[:10]), overlap=overlap)
+    fit, data = at("chain_autoregressive"), BY_NAME["chain_autoregressive"].data
+    with pytest.raises(SettingError, match="overlap=True"):
+        fit.filter(*(x[:, 3:] for x in data), state=fit.filter(*(x[:, :3] for x in data)))
+    with pytest.raises(ModelError, match="forecast"):
+        fit.forecast(1, *(x[:, :2] for x in data))
+
+
+def test_long_chains_with_holes_and_forecasts_from_the_end() -> None:
+    def with_holes(x: Tensor, seen: Tensor) -> None:
+        transition, loc = ways()
+        z = None
+        for t in pyroem.markov(len(x)):
+            z = pyro.sample(f"z_{t}", after(z, transition))
+            pyro.sample(f"x_{t}", dist.Normal(loc[z], 1.0).mask(seen[t]), obs=x[t])
+
+    x = sticky_data(2500)
+    seen = torch.rand(2500, generator=seeded(3)) > 0.1
+    fit = EM(max_iter=2).fit(with_holes, x, seen)
+    assert torch.equal(fit.residuals()["x"].isnan(), ~seen)
+    ended = seen.clone()
+    ended[2000:] = False
+    last = int(ended.nonzero().max())
+    filtered = fit.filter(x, ended).probs["z"][last]
+    ahead = fit.forecast(3, x, ended)
+    torch.testing.assert_close(ahead.states["z"][0], filtered @ fit.params["transition"])
+
+
+def test_emissions_of_other_kinds() -> None:
+    def inflated(x: Tensor) -> None:
+        transition = turns()
+        rate = pyro.param("rate", torch.tensor([1.0, 5.0]), constraint=constraints.positive)
+        gate = pyro.param("gate", torch.tensor([0.2, 0.1]), constraint=constraints.unit_interval)
+        z = None
+        for t in pyroem.markov(len(x)):
+            z = pyro.sample(f"z_{t}", after(z, transition))
+            d = dist.ZeroInflatedPoisson(rate[z], gate=gate[z])
+            pyro.sample(f"x_{t}", d, obs=x[t])
+
+    def heavy(x: Tensor) -> None:
+        transition, loc = ways()
+        df = pyro.param("df", torch.tensor([3.0, 6.0]), constraint=constraints.positive)
+        scale = pyro.param("scale", torch.tensor([1.0, 2.0]), constraint=constraints.positive)
+        z = None
+        with pyro.plate("rows", 4):
+            for t in pyroem.markov(len(x)):
+                z = pyro.sample(f"z_{t}", after(z, transition))
+                pyro.sample(f"x_{t}", dist.StudentT(df[z], loc[z], scale[z]), obs=x[t])
+
+    def trials(x: Tensor) -> None:
+        transition = turns()
+        probs = pyro.param("probs", torch.tensor([0.2, 0.7]), constraint=constraints.unit_interval)
+        z = None
+        for t in pyroem.markov(len(x)):
+            z = pyro.sample(f"z_{t}", after(z, transition))
+            pyro.sample(f"x_{t}", dist.Binomial(x[t] + 3, probs[z]), obs=x[t])
+
+    counts = torch.poisson(2 + 4 * (torch.arange(40) // 8 % 2).double(), generator=seeded())
+    noise = torch.randn(20, 4, generator=seeded(), **DOUBLE)
+    for program, x in ((inflated, counts), (heavy, noise), (trials, counts)):
+        fit = EM(max_iter=4).fit(program, x)
+        assert fit.problem.structure.chains
+        value = float(pyroem.log_joint(program, fit.params, x))
+        assert fit.log_joint == pytest.approx(value, rel=1e-9)
+        values = [record.log_joint for record in fit.history]
+        assert all(b >= a - 1e-9 * abs(a) for a, b in itertools.pairwise(values))
+    assert bool(EM(max_iter=2).fit(trials, counts).residuals()["x"].isfinite().all())
+
+
+def test_unrolled_programs_with_many_joint_states() -> None:
+    """The number of joint states of 70 steps is no 64-bit number."""
+
+    def stepwise(x: Tensor) -> None:
+        transition, loc = ways()
+        z = None
+        with pyro.plate("rows", x.shape[1]):
+            for t in pyro.markov(range(len(x))):
+                z = pyro.sample(f"z_{t}", after(z, transition))
+                pyro.sample(f"x_{t}", dist.Normal(loc[z] + math.sin(t), 1.0), obs=x[t])
+
+    x = torch.randn(70, 2, generator=seeded(), **DOUBLE)
+    fit = EM(max_iter=1).fit(stepwise, x)
+    assert "unrolled" in fit.explain()
+    value = float(pyroem.log_joint(stepwise, fit.params, x))
+    assert fit.log_likelihood == pytest.approx(value, rel=1e-10)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -83,8 +84,11 @@ class Enumerated:
 
     def names(self, dims: str) -> tuple[str, ...]:
         """The assignment or plate behind each symbol."""
-        lookup = {s: n for n, s in (*self.states.items(), *self.plates.items())}
-        return tuple(lookup[d] for d in dims)
+        return tuple(self._behind[d] for d in dims)
+
+    @cached_property
+    def _behind(self) -> dict[str, str]:
+        return {s: n for n, s in (*self.states.items(), *self.plates.items())}
 
     def sizes(self, name: str) -> dict[str, int]:
         """The sizes of a site's vectorised plates."""
