@@ -237,7 +237,7 @@ def pose(
             if large is not None:
                 return large
         if engine != "trace":
-            long = _pose_long(model, *data, dtype, fixed, floor, weights)
+            long = _pose_long(model, *data, dtype, fixed, floor, weights, device)
             if long is not None:
                 return long
         structure = read(model, *data, dtype=dtype, chains=engine != "trace")
@@ -245,9 +245,12 @@ def pose(
         structure = plan.structure
         row_weights = None if weights is None else check_weights(weights, structure)
         if structure.chains:
-            if device is not None:
-                raise SettingError(f"device='{device}': chains are fitted on the processor.")
-            return problem_of(structure, plan, row_weights, floor, "")
+            if device is not None and isinstance(chain_parts(structure, plan), str):
+                raise SettingError(
+                    f"device='{device}' needs a chain whose observations are products of matrices;"
+                    f" here {chain_parts(structure, plan)}."
+                )
+            return problem_of(structure, plan, row_weights, floor, "", device=device)
         mixture = mixture_of(structure, plan)
         if engine == "kernel" and isinstance(mixture, str):
             raise SettingError(f"engine='kernel': the program has no kernel: {mixture}.")
@@ -274,7 +277,7 @@ def problem_of(
     floors = variance_floors(structure, plan.blocks, floor)
     groups = tuple(state_groups(structure, plan))
     if structure.chains:
-        engine: Engine = chain_engine(structure, plan, row_weights)
+        engine: Engine = chain_engine(structure, plan, row_weights, device)
     elif isinstance(mixture, str):
         engine = TraceEngine(structure, plan, row_weights, mixture)
     else:
@@ -293,6 +296,7 @@ def _pose_long(
     fixed: Fixed,
     floor: float,
     weights: Any,
+    device: torch.device | None,
 ) -> Problem | None:
     """The problem of long chains, read on some of their steps; None where all have to be read."""
     try:
@@ -319,7 +323,7 @@ def _pose_long(
                 return None
             nodes = whole.program.run(point).nodes
             row_weights = None if weights is None else check_weights(weights, whole)
-            chunk = sequences_of(whole, parts, nodes, row_weights)
+            chunk = sequences_of(whole, parts, nodes, row_weights, device=device)
             engine = ChainEngine(whole, plan, parts, [chunk])
             run = plan.reading.traces[0]
             lengths = {c.name: run.sizes(c.step)[c.steps] + 1 for c in structure.chains}
@@ -334,7 +338,10 @@ def _pose_long(
 
 
 def chain_engine(
-    structure: Structure, plan: Plan, row_weights: Tensor | None
+    structure: Structure,
+    plan: Plan,
+    row_weights: Tensor | None,
+    device: torch.device | None = None,
 ) -> ChainEngine | ChainTraceEngine:
     """The engine of a program with chains."""
     nodes = plan.reading.traces[0].trace.nodes
@@ -344,7 +351,7 @@ def chain_engine(
         return ChainTraceEngine(structure, plan, row_weights, ends, parts)
     with isolated(structure.program.dtype, 0), torch.no_grad():
         _check_chains(sequences_of(structure, parts, nodes, packed=False))
-        chunk = sequences_of(structure, parts, nodes, row_weights)
+        chunk = sequences_of(structure, parts, nodes, row_weights, device=device)
     return ChainEngine(structure, plan, parts, [chunk])
 
 
@@ -478,7 +485,7 @@ def maker_of(problem: Problem, device: torch.device | None = None) -> Maker:
     """What makes rows for the problem's kernel, from more data."""
     engine, structure = problem.engine, problem.structure
     if isinstance(engine, ChainEngine):
-        return SequenceMaker(structure, problem.plan, engine.parts)
+        return SequenceMaker(structure, problem.plan, engine.parts, device)
     assert isinstance(engine, MixtureEngine)
     return RowMaker(structure, engine.mixture, device)
 

@@ -83,6 +83,7 @@ class SequenceMaker:
     structure: Structure
     plan: Plan
     parts: tuple[ChainParts, ...]
+    device: torch.device | None = None
 
     def __call__(
         self, data: Data, size: int, weights: Tensor | None, what: str, check: bool
@@ -97,7 +98,7 @@ class SequenceMaker:
             nodes = structure.program.run(point).nodes
             if structure.unit_shape != (size,) or not constant_along_rows(nodes, self.plan):
                 raise DataError(f"{what}: {_OTHER}")
-            return sequences_of(structure, self.parts, nodes, weights, cache=0)
+            return sequences_of(structure, self.parts, nodes, weights, 0, device=self.device)
 
 
 _OTHER = (

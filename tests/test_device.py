@@ -7,21 +7,26 @@ from typing import Any
 import pytest
 import torch
 from test_large import X, mixture, simulated, student
-from test_laws import KERNEL
+from test_laws import CHAINS, KERNEL, posed_by_name
 
 from pyroem import EM, MAP, SettingError, blocks
 from pyroem._pyro import isolated
+from pyroem.estep import scan
+from pyroem.estep.engine import ChainEngine
 from pyroem.problem import pose
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
+PRODUCTS = [p for p in CHAINS if isinstance(posed_by_name(p.name).engine, ChainEngine)]
+
+
 @cuda
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("problem", KERNEL, ids=repr)
+@pytest.mark.parametrize("problem", [*KERNEL, *PRODUCTS], ids=repr)
 def test_the_device_gives_the_same_statistics(problem: Any, weighted: bool) -> None:
     shape = pose(problem.model, problem.data, {}).structure.unit_shape
-    weights = torch.rand(shape, dtype=torch.float64) if weighted else None
+    weights = torch.rand(shape, dtype=torch.float64) if weighted and shape else None
     home, away = (
         pose(problem.model, problem.data, {}, weights=weights, device=device)
         for device in (None, torch.device("cuda"))
@@ -48,6 +53,21 @@ def test_the_device_gives_the_same_fit(solver: Any) -> None:
     assert given.log_joint == pytest.approx(home.log_joint, rel=1e-9)
     many = EM(device="cuda").fit(mixture, X, init="kmeans", restarts=3)
     assert many.log_joint == pytest.approx(home.log_joint, rel=1e-6)
+
+
+@pytest.mark.parametrize("problem", PRODUCTS, ids=repr)
+def test_chains_in_torch(problem: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a device computes, on the processor: forward-backward without numba."""
+    target = pose(problem.model, problem.data, {})
+    with isolated(torch.float64, 0):
+        wanted = target.e_step(problem.params)[0]
+        monkeypatch.setattr(scan, "compiled", None)
+        found = target.e_step(problem.params)[0]
+    torch.testing.assert_close(found.log_likelihood, wanted.log_likelihood)
+    for name, site in wanted.statistics.items():
+        own = found.statistics[name]
+        for x, y in zip((site.weight, *site.values), (own.weight, *own.values), strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-9)
 
 
 def test_a_device_that_is_not_there() -> None:

@@ -23,6 +23,7 @@ from pyroem.estep.kernel import (
     Rows,
     Totals,
     coefficients,
+    home,
     log_joint_states,
 )
 from pyroem.estep.mixture import Assigned, Group, Mixture, assigned_of, no_product, observed_of
@@ -109,7 +110,9 @@ class ChainRows:
         weights: Tensor,
         cache: int = CACHE,
         packed: bool = True,
+        device: torch.device | None = None,
     ) -> None:
+        self.device = device or torch.device("cpu")
         count, steps = len(ends), parts.chain.length - 1
         self.chain, self.shape, self.cache, self.parts = parts.chain, shape, cache, parts
         self.order = torch.argsort(ends, descending=True, stable=True)
@@ -141,11 +144,11 @@ class ChainRows:
             return None, part
         weights = weights.to(part.group.zero.dtype)
         cache = 4 * self.cache  # the statistics of rows in two plates are kept anyway
-        rows = Rows(part.mixture, nodes, weights, cache, index=index)
+        rows = Rows(part.mixture, nodes, weights, cache, self.device, index)
         masks = [c.mask for c in rows.columns.values()]
         if any(m is not None for m in masks) and all(m is None or bool(m.all()) for m in masks):
             part = replace(part, mixture=_unmasked(part.mixture))
-            rows = Rows(part.mixture, nodes, weights, cache, index=index, masked=False)
+            rows = Rows(part.mixture, nodes, weights, cache, self.device, index, masked=False)
         return rows, part
 
     def spread(self, x: Tensor, first: bool, unseen: Tensor) -> Tensor:
@@ -202,6 +205,7 @@ def sequences_of(
     row_weights: Tensor | None = None,
     cache: int = CACHE,
     packed: bool = True,
+    device: torch.device | None = None,
 ) -> Sequences:
     """The sequences that a program's sites hold."""
     rows = []
@@ -210,7 +214,7 @@ def sequences_of(
         shape, ends = shape_of(nodes, chain), lengths(structure, nodes, chain)
         weights = sequence_weights(structure, chain, shape, row_weights)
         own = replace(own, chain=chain)
-        rows.append(ChainRows(own, nodes, shape, ends, weights, cache, packed))
+        rows.append(ChainRows(own, nodes, shape, ends, weights, cache, packed, device))
     total = structure.num_rows if row_weights is None else float(row_weights.sum())
     return Sequences(tuple(rows), float(total))
 
@@ -220,8 +224,8 @@ def seen(
 ) -> Tensor:
     """The log-probabilities of what was seen in ``count`` rows, by state; what is inside summed."""
     group, k = part.group, part.group.sizes[0]
-    out = scratch.empty((id(part), "seen"), (count, k), group.zero)
     base = found.base[0]
+    out = scratch.empty((id(part), "seen"), (count, k), base)
     if rows is None:
         out[:] = base.reshape(k, -1).logsumexp(1)
         return out
@@ -254,7 +258,9 @@ def add_statistics(
     if rows is None:
         if inner:
             joint = found.base[0].reshape(k, -1).softmax(1) if found else _even(group)
+            joint = joint.to(states.device)
             totals.add(group, (states.sum(0).unsqueeze(1) * joint).reshape(-1, 1).to(dtype), [])
+            home(states.new_zeros(()), [totals])
         return totals.statistics(group, dtype) if inner else {}
     for start, stop in rows.blocks():
         phi, posterior = rows.phi(0, start, stop, own), states[start:stop].T.to(dtype)
@@ -268,8 +274,10 @@ def add_statistics(
                 share = (joint - joint.logsumexp(1, keepdim=True)).exp_()
             else:
                 share = _even(group)[0].unsqueeze(1)
+            share = share.to(posterior.device)
             posterior = (share * posterior.unsqueeze(1)).reshape(-1, stop - start)
         totals.add(group, posterior, phi)
+    home(states.new_zeros(()), [totals])
     return totals.statistics(group, dtype)
 
 
@@ -282,13 +290,13 @@ def expect_chain(rows: ChainRows, params: Params) -> tuple[Tensor, dict[str, Sit
     """The E-step of one chain: the weighted log-likelihood, and the statistics of its sites."""
     count, dtype = len(rows.ends), rows.first.state.site.dtype
     found = [
-        coefficients(part.mixture, params, own is None or own.cached is not None)
+        coefficients(part.mixture, params, own is None or own.cached is not None).to(rows.device)
         for part, own in ((rows.first, rows.opening), (rows.later, rows.following))
     ]
     chains = log_chains(rows, params, found)
-    active = rows.weights * (rows.ends >= 0)
+    active = (rows.weights * (rows.ends >= 0)).to(rows.device)
     smoothed = smooth(chains, active)
-    value = (smoothed.log_likelihood * active).sum() + rows.measure
+    value = (smoothed.log_likelihood * active).sum().cpu() + rows.measure
     first, later = smoothed.states[:count], smoothed.states[count:]
     return value, {
         **_of_states(rows, first, smoothed.pairs[0, 0], dtype),
@@ -301,10 +309,10 @@ def _of_states(
     rows: ChainRows, first: Tensor, pairs: Tensor, dtype: torch.dtype
 ) -> dict[str, SiteStatistics]:
     """The statistics of the chain's own sites."""
-    later = rows.later.state
+    later, first, pairs = rows.later.state, first.sum(0).cpu(), pairs.cpu()
     counts = pairs if later.dims[0] >= 0 else pairs.sum(0, keepdim=True)
     return {
-        rows.chain.first: rows.first.state.expected(first.sum(0).to(dtype)),
+        rows.chain.first: rows.first.state.expected(first.to(dtype)),
         rows.chain.step: later.expected(counts.to(dtype)),
     }
 
@@ -330,7 +338,8 @@ def expect_chain_given(
     both, at = torch.cat(states), (rows.step, rows.sequence)
     after = both[at[0] + 1, at[1]] * weights[at[1]].unsqueeze(-1)
     pairs = both[at].T @ after
-    first = (both[0] * weights.unsqueeze(-1))[rows.order]
+    first = (both[0] * weights.unsqueeze(-1))[rows.order].to(rows.device)
+    after = after.to(rows.device)
     index = rows.step * count + rows.sequence
     given = (_given(rows.first, evidence, rows.order), _given(rows.later, evidence, index))
     return {
@@ -354,11 +363,12 @@ def _given(part: Part, evidence: Mapping[str, Tensor], index: Tensor) -> Tensor 
 def log_chains(rows: ChainRows, params: Params, found: list[Coefficients]) -> Chains:
     """The log-probabilities of a chain at ``params``, without the base measure."""
     k, (first, pair) = rows.chain.num_states, _of_chain(rows, params)
+    first, pair = first.to(rows.device), pair.to(rows.device)
     start = first + seen(rows.first, rows.opening, found[0], len(rows.ends), rows.scratch)
     emit = seen(rows.later, rows.following, found[1], len(rows.step), rows.scratch)
     matrix = pair.double().reshape(1, 1, k, k)
-    ends = rows.ends.clamp(min=0)
-    return Chains(start.double(), matrix, emit.double(), ends, rows.offsets)
+    ends, offsets = rows.ends.clamp(min=0).to(rows.device), rows.offsets.to(rows.device)
+    return Chains(start.double(), matrix, emit.double(), ends, offsets)
 
 
 def _of_chain(rows: ChainRows, params: Params) -> tuple[Tensor, Tensor]:
@@ -410,11 +420,11 @@ def _joint(
     if rows is None:
         joint = found.base[0].expand(-1, count)
     else:
-        blocks = []
+        found, blocks = found.to(rows.device), []
         for start, stop in rows.blocks():
             phi = rows.phi(0, start, stop, Scratch())
             own = log_joint_states(group, found.base[0], found.natural[0], phi, stop - start)
-            blocks.append(own + rows.measure_of(start, stop))
+            blocks.append((own + rows.measure_of(start, stop)).cpu())
         joint = torch.cat(blocks, 1)
     joint = torch.where(joint < IMPOSSIBLE, -torch.inf, joint)
     x = joint.reshape((*group.sizes, -1)).movedim(-1, 0)

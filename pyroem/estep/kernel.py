@@ -230,7 +230,7 @@ def expect(mixture: Mixture, chunks: Iterable[Rows], params: Params) -> Expected
     likelihood = torch.zeros(()) if not likelihoods else likelihoods[0]
     if len(likelihoods) > 1:
         likelihood = torch.stack(likelihoods).sum(0)
-    value = _home(likelihood, totals) + measured
+    value = home(likelihood, totals) + measured
     statistics: dict[str, SiteStatistics] = {}
     for group, total in zip(mixture.groups, totals, strict=True):
         statistics.update(total.statistics(group, mixture.plan.structure.program.dtype))
@@ -275,7 +275,7 @@ def expect_given(mixture: Mixture, rows: Rows, posteriors: Sequence[Tensor]) -> 
             own = given[:, start:stop] if given.shape[1] > 1 else given.expand(-1, stop - start)
             own = own if rows.weights is None else own * rows.weights[start:stop]
             total.add(group, own.to(rows.device), phi)
-        _home(torch.zeros((), device=rows.device), [total])
+        home(torch.zeros((), device=rows.device), [total])
         statistics.update(total.statistics(group, rows.dtype))
     if mixture.scale != 1.0:
         statistics = {name: s.scaled(mixture.scale) for name, s in statistics.items()}
@@ -287,7 +287,7 @@ def _sum(by_row: Tensor, weights: Tensor | None) -> Tensor:
     return (by_row if weights is None else by_row * weights).sum(-1, dtype=torch.float64)
 
 
-def _home(likelihood: Tensor, totals: list[Totals]) -> Tensor:
+def home(likelihood: Tensor, totals: list[Totals]) -> Tensor:
     """Bring all sums from the device in one copy: the only time that an E-step waits for it."""
     if likelihood.device.type == "cpu":
         return likelihood
