@@ -17,6 +17,7 @@ HALVINGS = 10
 SETTLED = 1e-18  # nats a row that a step promises: its square root is what is left of the slope
 RIDGE = 1e-7  # relative to the largest curvature
 LONGEST = 20.0  # units of a coordinate in one step
+WORTH = 1e-4  # of the first step's gain: less can wait for the next M-step
 STUCK = 1e-12  # nats a row: a step that gains no more may be lost in rounding
 
 
@@ -34,8 +35,8 @@ def maximise(
 ) -> Params:
     """Ascend ``objective`` over ``params`` in the unconstrained space.
 
-    By (``newton`` steps of) Newton's method where the coordinates are ``few`` and the objective
-    curved, else by L-BFGS. Never
+    By Newton's method where the coordinates are ``few`` and the objective curved (after ``newton``
+    steps only as long as a step gains a ten-thousandth of the first), else by L-BFGS. Never
     returns a point with a lower objective than it was given. Coordinates are measured in ``steps``
     and the objective per row, which brings the gradient to order one. ``local`` gives for a point a
     cheaper objective with the same first and second derivatives there.
@@ -55,8 +56,8 @@ def maximise(
             return {n: v.detach() for n, v in from_search(parameters, values, steps).items()}
 
     if sum(v.numel() for v in raw.values()) <= few:
-        count = max_iter if newton is None else min(newton, max_iter)
-        point, done = _newton(of, raw, count, near if local is not None else None)
+        least = max_iter if newton is None else newton
+        point, done = _newton(of, raw, max_iter, least, near if local is not None else None)
         params = back(point)
         if done:
             return params
@@ -136,6 +137,7 @@ def _newton(
     objective: Objective,
     start: Params,
     max_iter: int,
+    least: int,
     near: Callable[[Params], Objective] | None = None,
 ) -> tuple[Params, bool]:
     """Newton's method, never downwards: how far it came, and whether it did all that it could.
@@ -153,7 +155,8 @@ def _newton(
     try:
         with torch.enable_grad():
             value = _valued(objective, shaped(point), near)
-            for _ in range(max_iter):
+            first = None
+            for i in range(max_iter):
                 model = value if near is None else near(shaped(point.detach()))(shaped(point))
                 (slope,) = torch.autograd.grad(model, point, create_graph=True)
                 if not slope.requires_grad:
@@ -182,8 +185,8 @@ def _newton(
                     step = step / 2
                 else:
                     return shaped(point.detach()), gain <= STUCK
-                point, value = ahead, reached
-                if gain <= SETTLED:
+                point, value, first = ahead, reached, first or gain
+                if gain <= SETTLED or (i + 1 >= least and gain <= WORTH * first):
                     return shaped(point.detach()), True
             else:
                 return shaped(point.detach()), True

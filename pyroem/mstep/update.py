@@ -34,8 +34,8 @@ class Effort:
     iterations
         Of each search on the statistics.
     newton
-        Of each regression and of Newton's method on the statistics: what is left to gain, the next
-        M-step gains.
+        Of each regression, and of Newton's method on the statistics while it gains much: what is
+        left to gain, the next M-step gains.
     over_rows
         Of each search on the weighted rows.
     steps
