@@ -398,8 +398,7 @@ class Fit:
             tensors = trace.tensors()
             if structure.chains:
                 ends = {c.name: lengths(structure, trace.trace.nodes, c) for c in structure.chains}
-                by_chain = chain_weights(structure, trace, tensors, ends, weights)
-                value, found = by_chain.log_likelihood, by_chain.weights
+                value, found = chain_weights(structure, trace, tensors, ends, weights)
             else:
                 value, found = factor_weights(
                     trace, tensors, row_weights=weights, unit=structure.unit

@@ -241,39 +241,29 @@ def _seen(node: Any, chain: Chain, first: bool) -> Tensor:
     return found.unsqueeze(0) if first else found
 
 
-@dataclass(frozen=True)
-class Found:
-    """The E-step of all chains: log-likelihood, the weights of the factors, the posteriors."""
-
-    log_likelihood: Tensor
-    weights: dict[str, Tensor]
-    smoothed: tuple[Smoothed, ...]
-
-
 def chain_weights(
     structure: Structure,
     run: Enumerated,
     tensors: Mapping[str, Tensor],
     ends: Mapping[str, Tensor],
     row_weights: Tensor | None = None,
-) -> Found:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The log-likelihood and its derivative by every factor (packed)."""
     tensors = {name: t.detach() for name, t in tensors.items()}
-    value, weights, all_smoothed = torch.zeros((), dtype=torch.float64), {}, []
+    value, weights = torch.zeros((), dtype=torch.float64), dict[str, Tensor]()
     for joined in join(structure, run, tensors):
         chain = joined.chain
         own = sequence_weights(structure, chain, joined.shape, row_weights)
         seen = ends[chain.name]
         smoothed = smooth(joined.chains(seen.clamp(min=0)), own * (seen >= 0))
         value = value + (smoothed.log_likelihood * own * (seen >= 0)).sum()
-        all_smoothed.append(smoothed)
         weights.update(_handed_back(joined, tensors, smoothed))
     for name, factor in run.factors.items():
         if name not in weights:
             weights[name], part = _alone(run, structure, name, tensors[name], row_weights)
             value = value + part
         weights[name] = (weights[name] * run.scale).to(factor.tensor.dtype)
-    return Found(value * run.scale, weights, tuple(all_smoothed))
+    return value * run.scale, weights
 
 
 def weights_given(

@@ -13,7 +13,6 @@ from torch import Tensor
 from pyroem._pyro import Enumerated
 from pyroem.errors import ModelError
 from pyroem.estep.chain import (
-    Found,
     Potentials,
     chain_weights,
     join,
@@ -150,22 +149,21 @@ class ChainTraceEngine:
         with torch.no_grad():
             run = self.structure.enumerate(params)
             prior = self.structure.log_prior(run)
-            found = self.found(run)
-            return collect(self.plan, run, found.log_likelihood, found.weights), prior
+            value, weights = self._weights(run)
+            return collect(self.plan, run, value, weights), prior
 
-    def found(self, run: Enumerated) -> Found:
-        """The E-step on a run of the program."""
+    def _weights(self, run: Enumerated) -> tuple[Tensor, dict[str, Tensor]]:
         return chain_weights(self.structure, run, run.tensors(), self.ends, self.row_weights)
 
     def log_joint(self, params: Params) -> tuple[Tensor, Tensor]:
         """Log-likelihood and log prior at ``params``, differentiable once (Fisher's identity)."""
         run = self.structure.enumerate(params)
         with torch.no_grad():
-            found = self.found(run)
-        value = found.log_likelihood.to(self.structure.program.dtype)
+            value, found = self._weights(run)
+        value = value.to(self.structure.program.dtype)
         if torch.is_grad_enabled() and any(v.requires_grad for v in params.values()):
             q = torch.zeros((), dtype=value.dtype)
-            for name, weights in found.weights.items():
+            for name, weights in found.items():
                 q = q + expected_sum(weights, run.factors[name].tensor)
             value = value + (q - q.detach())
         return value, self.structure.log_prior(run)
