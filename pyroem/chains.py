@@ -14,10 +14,12 @@ import torch
 from pyroem._pyro import (
     Brief,
     Enumerated,
+    Jump,
     Loop,
     LoopError,
     Loops,
     Program,
+    Reader,
     Site,
     Values,
     Whole,
@@ -231,7 +233,7 @@ def check_steps(
         Naming what differs.
     """
     stated = all(loop.stated for loop in loops)
-    own = _one_by_one(program, point, parameters, nesting, FIRST if stated else None)
+    own = _one_by_one(program, point, parameters, nesting, Brief(FIRST) if stated else Whole())
     ours: dict[tuple[int, int], list[str]] = {}
     for name in run.factors:
         at = step_of(run.trace.nodes[name])
@@ -262,6 +264,38 @@ def check_steps(
                     f"site '{name}' is not what '{partner}', run for all steps at once, says of"
                     f" step {step}{carried if step > 1 else ''}"
                 )
+    if stated:
+        _check_late(program, as_one, run, point, parameters, nesting, ours)
+
+
+def _check_late(
+    program: Program,
+    as_one: Loops,
+    run: Enumerated,
+    point: Values,
+    parameters: Mapping[str, Parameter],
+    nesting: int,
+    ours: Mapping[tuple[int, int], list[str]],
+) -> None:
+    """Some steps further on, each right after the first: only the state passes between them."""
+    places, longest = _places(run), max(as_one.lengths)
+    steps = as_one.steps[as_one.steps < longest]
+    for index in {len(steps) - 1, len(steps) // 2, len(steps) // 3}:
+        step = int(steps[index])
+        own = _one_by_one(program, point, parameters, nesting, Jump(step))
+        own_places = _places(own)
+        for name in own.factors:
+            at = step_of(own.trace.nodes[name])
+            if at is None or at[1] != 1 or as_one.lengths[at[0]] <= step:
+                continue
+            theirs = [n for n in own.factors if step_of(own.trace.nodes[n]) == at]
+            partner = ours[at][theirs.index(name)]
+            plate = as_one.plate(at[0]).name
+            if not _agree(own, name, own_places, run, partner, places, 1, plate, index):
+                raise LoopError(
+                    f"site '{name}' is not what '{partner}', run for all steps at once, says of"
+                    f" step {step}"
+                )
 
 
 def _one_by_one(
@@ -269,10 +303,9 @@ def _one_by_one(
     point: Values,
     parameters: Mapping[str, Parameter],
     nesting: int,
-    count: int | None,
+    reader: Reader,
 ) -> Enumerated:
-    reader = Whole if count is None else lambda: Brief(count)
-    trace, _ = program.run_and_see(point, reader=reader())
+    trace, _ = program.run_and_see(point, reader=reader)
     names = set()
     for name, site in trace.nodes.items():
         if name in parameters or (site["type"] == "sample" and is_plate_site(site)):
@@ -281,7 +314,7 @@ def _one_by_one(
             raise LoopError(f"parameter '{name}' belongs to some steps only")
         if site["type"] == "sample" and not is_deterministic(site):
             names.add(name)
-    return enumerated(program, point, nesting, frozenset(names), reader())
+    return enumerated(program, point, nesting, frozenset(names), reader)
 
 
 _Places = Mapping[str, tuple[int, int]]  # of an assignment its step, and its number there
@@ -307,14 +340,18 @@ def _agree(
     places: _Places,
     step: int,
     steps: str,
+    index: int | None = None,
 ) -> bool:
-    """Whether two factors say the same; ``step`` is where the first one stands."""
+    """Whether two factors say the same; ``step`` is where the first one stands.
+
+    ``index`` is its place among the steps that ran as one, if it is not the ``step`` itself.
+    """
     a, b = own.factors[name], run.factors[partner]
     keys_a = [_key(own_places, n, step) for n in own.names(a.dims)]
     keys_b = [_key(places, n, min(step, 1)) for n in run.names(b.dims)]
     tensor = b.tensor
     if steps in keys_b:
-        tensor = tensor.select(keys_b.index(steps), step - 1)
+        tensor = tensor.select(keys_b.index(steps), step - 1 if index is None else index)
         keys_b.remove(steps)
     keys = sorted({*keys_a, *keys_b})
     letters = {key: chr(97 + i) for i, key in enumerate(keys)}

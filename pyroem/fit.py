@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyroem import sequences
 from pyroem._pyro import Enumerated, isolated, unwrap
+from pyroem.blocks import is_source
 from pyroem.errors import ModelError, SettingError
 from pyroem.estep import decode
 from pyroem.estep.chain import Potentials, chain_weights, lengths
@@ -108,6 +109,10 @@ class Fit:
         own = self.problem.structure
         if not args and not kwargs:
             return own
+        if own.chains and args and is_source(args[0]):
+            raise ModelError(
+                "Sequences in blocks: ask block by block, [fit.predict(*b) for b in blocks]."
+            )
         if own.chains:
             return on_other_sequences(own, self.params, args, kwargs)
         structure = read(own.program.model, args, kwargs, dtype=own.program.dtype, part=True)
@@ -234,6 +239,11 @@ class Fit:
             Where ``state`` is of other sequences.
         """
         before = state.last if isinstance(state, Filtered) else state
+        if before is not None and not isinstance(before, Mapping):
+            raise SettingError(
+                "filter: state must be what filter() gave before, or a dict of probabilities by"
+                f" chain; got {type(before).__name__}."
+            )
         if overlap and before is None:
             raise SettingError("filter: overlap=True needs the state of the past.")
         structure = self._chains("filter", args, kwargs)
@@ -318,6 +328,10 @@ class Fit:
         ``n`` rows are drawn by repeating the program over its own plates (covariates included) as
         often as needed; rows come in the first dim, then the other plates. Without ``n``, one draw
         of everything, in Pyro's own layout (of data in blocks: of the sample that was read).
+
+        What the program takes from its data is taken from it here too: covariates, and in an
+        autoregression the observation before (a draw is then one step ahead of the data, no
+        simulation of the whole).
         """
         structure = self.problem.structure if n is None else self.problem.sample.structure
         parts = {known_part(n): whole_of(n) for n in structure.imputed}

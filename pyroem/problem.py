@@ -170,6 +170,8 @@ class Problem:
         """
         dtype, structure = self.structure.program.dtype, self.sample.structure
         if args and is_source(args[0]):
+            if self.kernel is None and self.structure.chains:
+                return None
             if self.kernel is None:
                 raise ModelError("Data in blocks needs a program with a kernel.")
             rest = as_data(args[1:], dtype), as_data(dict(kwargs), dtype)

@@ -19,7 +19,7 @@ from pyroem._pyro import COUNTED, Enumerated, arranged, plate_frames, unwrap
 from pyroem.chains import pairs_by_name, stem
 from pyroem.errors import ModelError, SettingError
 from pyroem.estep import decode
-from pyroem.estep.chain import Joined, Potentials, join, lengths
+from pyroem.estep.chain import Joined, Potentials, join
 from pyroem.estep.scan import Chains, draw_paths, filtering, predicted, recursions
 from pyroem.mstep.plan import Plan
 from pyroem.mstep.sites import SiteModel
@@ -38,15 +38,14 @@ class Filtered:
         For each chain ``p(state at t | seen up to t)``: plates, steps, states.
     log_prob
         The log-likelihood of what was seen, given what was seen before it: plates.
+    last
+        For each chain the probabilities at the last step of each sequence that shows anything: what
+        :meth:`Fit.filter` goes on from. NaN for a sequence of which nothing has been seen.
     """
 
     probs: dict[str, Tensor]
     log_prob: Tensor
-
-    @property
-    def last(self) -> dict[str, Tensor]:
-        """The probabilities after the last step: what :meth:`Fit.filter` goes on from."""
-        return {name: p[..., -1, :] for name, p in self.probs.items()}
+    last: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,11 @@ def named(structure: Structure, found: Mapping[str, Tensor]) -> dict[str, Tensor
 def _observed(structure: Structure, chain: Chain) -> Iterator[tuple[str, str | None, str | None]]:
     first = [n for n in chain.opening if n in structure.observations]
     later = [n for n in chain.following if n in structure.observations]
-    pairs = pairs_by_name(first, later)
+    chained = {n for c in structure.chains for n in (*c.opening, *c.following)}
+    # What is seen at the first step may hang on no state.
+    alone = [n for n in structure.observations if n not in chained]
+    named = [a for a, _ in pairs_by_name([*first, *alone], later) if a in alone]
+    pairs = pairs_by_name([*first, *named], later)
     for a, b in pairs:
         yield a, a, b
     for name in first:
@@ -128,17 +131,25 @@ def filtered(
 
     With ``overlap`` the first step is the last one of the past.
     """
-    probs, total = {}, torch.zeros((1,) * len(structure.unit), dtype=torch.float64)
+    probs, last = dict[str, Tensor](), dict[str, Tensor]()
+    total = torch.zeros((1,) * len(structure.unit), dtype=torch.float64)
     for joined in potentials:
         chain, chains = joined.chain, joined.chains()
         if before is not None:
             chains = _going_on(joined, chains, before, overlap)
         ahead, own = filtering(chains)
-        found = ahead.softmax(-1).reshape((-1, *joined.shape, chain.num_states))
+        found = ahead.softmax(-1)
+        at = found[joined.ends.clamp(min=0), torch.arange(joined.count)]
+        past = torch.full_like(at, torch.nan)
+        if before is not None:
+            past = before[chain.name].reshape(past.shape).to(past)
+        at = torch.where((joined.ends < 0).unsqueeze(-1), past, at)
+        last[chain.name] = at.reshape((*joined.shape, chain.num_states))
+        found = found.reshape((-1, *joined.shape, chain.num_states))
         found = found[1:] if overlap else found
         probs[chain.name] = found.movedim(0, len(chain.plates))
         total = total + decode.by_unit(structure, chain, own.reshape(joined.shape))
-    return Filtered(probs, total)
+    return Filtered(probs, total, last)
 
 
 def varying_steps(plan: Plan) -> dict[str, str]:
@@ -208,10 +219,10 @@ def _going_on(
         )
     last = given.reshape(-1, k).to(chains.start).log()
     if overlap:
-        return replace(chains, start=last)
+        return replace(chains, start=torch.where(last.isnan(), chains.start, last))
     moved = torch.logsumexp(last.unsqueeze(-1) + chains.pair[0], -2)
     seen = joined.opened.detach().double().expand((*joined.shape, k)).reshape(-1, k)
-    return replace(chains, start=moved + seen)
+    return replace(chains, start=torch.where(last.isnan(), chains.start, moved + seen))
 
 
 def forecast(
@@ -235,12 +246,13 @@ def forecast(
     for joined in potentials:
         chain, chains = joined.chain, joined.chains()
         ahead, _ = filtering(chains)
-        ends = lengths(structure, run.trace.nodes, chain).clamp(min=0)
-        last = ahead[ends, torch.arange(len(ends))].softmax(-1)
-        matrix = chains.pair[0].exp()
-        found = []
-        for _ in range(steps):
-            last = (last.unsqueeze(-2) @ matrix).squeeze(-2)
+        at, matrix = joined.ends.clamp(min=0), chains.pair[0].exp()
+        last = ahead[at, torch.arange(joined.count)].softmax(-1)
+        found, unbegun = [], (joined.ends < 0).unsqueeze(-1)
+        for step in range(steps):
+            new = (last.unsqueeze(-2) @ matrix).squeeze(-2)
+            # Of a sequence of which nothing is seen the next step is the first.
+            last = new if step else torch.where(unbegun, chains.start.softmax(-1), new)
             found.append(last)
         probs = torch.stack(found, 1).reshape((*joined.shape, steps, chain.num_states))
         states[chain.name] = probs

@@ -6,7 +6,7 @@ It runs a program with given parameter values, enumerates its assignments with P
 """
 
 from pyroem._pyro.contract import Enumerated, Factor, align, enumerated, site_log_prob
-from pyroem._pyro.markov import Brief, Loop, LoopError, Whole, markov
+from pyroem._pyro.markov import Brief, Jump, Loop, LoopError, Reader, Whole, markov
 from pyroem._pyro.run import (
     Program,
     Site,
@@ -28,10 +28,12 @@ __all__ = [
     "Brief",
     "Enumerated",
     "Factor",
+    "Jump",
     "Loop",
     "LoopError",
     "Loops",
     "Program",
+    "Reader",
     "Site",
     "Values",
     "Whole",

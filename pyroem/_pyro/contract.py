@@ -203,6 +203,11 @@ def enumerated(
             tensor = packed.pack(log_prob[...], site["infer"]["_dim_to_symbol"])
         except (ValueError, RuntimeError) as error:
             raise ModelError(f"Site '{name}': its log-probability fails: {error}") from error
+        except AssertionError as error:
+            raise ModelError(
+                f"Site '{name}': its log-probability fails. Does a step look further back than its"
+                " loop says? For two steps: pyro.markov(range(T), history=2)."
+            ) from error
         ordinal = frozenset(
             trace.plate_to_symbol[f.name] for f in plate_frames(site) if f.vectorized
         )

@@ -199,6 +199,18 @@ class Brief(Reader):
         return list(range(min(length, self.count)))
 
 
+class Jump(Reader):
+    """The first step, and then one further on."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.step = step
+
+    def steps(self, length: int) -> list[Any] | None:
+        """Two of them."""
+        return [0, min(self.step, length - 1)] if length > 1 else [0]
+
+
 class Whole(Reader):
     """Every step, one after the other."""
 
@@ -229,6 +241,8 @@ _READER: ContextVar[Reader | None] = ContextVar("reader", default=None)
 @contextmanager
 def reading(reader: Reader | None) -> Iterator[None]:
     """Let ``reader`` go through the loops of the programs that run."""
+    if reader is not None:
+        reader.loops, reader.at = [], None
     token = _READER.set(reader)
     try:
         yield

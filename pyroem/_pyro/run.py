@@ -364,6 +364,10 @@ def _explain_failure(error: Exception, enumerated: bool) -> ModelError:
         hint = " Is it a misspelt setting of fit (init, restarts, seed, weights)?"
     elif "dtype" in text:
         hint = " Check that integer data is not used where the program needs floating numbers."
+    elif "64 dims" in text or "maximum supported dimension" in text:
+        hint = " A loop over time has to run over pyroem.markov(T) or pyro.markov(range(T))."
+    elif "Multiple sample sites named" in text:
+        hint = " Make a plate before the loop that it is used in, and name sites by the step."
     elif enumerated:
         hint = (
             " Enumeration adds dimensions to the left of the plates: index parameters with the"

@@ -72,7 +72,8 @@ class Potentials:
     """One chain's log-probabilities: steps (if they differ), plates of sequences, states.
 
     ``start`` is of the first step, ``opened`` that part of it which is of what was seen; ``pair``
-    of a state after the one before; ``emit`` of what was seen at the other steps. The assignments
+    of a state after the one before; ``emit`` of what was seen at the other steps. ``ends`` are the
+    steps after the first up to the last that shows anything (-1: none does). The assignments
     inside a step are summed out there; ``inner`` is with them (steps, plates, the state before, the
     state, they), in the first step and in the others, in the order of ``names``.
     """
@@ -83,6 +84,7 @@ class Potentials:
     opened: Tensor
     pair: Tensor
     emit: Tensor
+    ends: Tensor
     inner: tuple[Tensor | None, Tensor | None] = (None, None)
     names: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
 
@@ -164,6 +166,7 @@ def join(
             opened,
             pair,
             emit,
+            lengths(structure, run.trace.nodes, chain),
             inners,
             (names[0], names[1]),
             opening,

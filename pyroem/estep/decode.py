@@ -13,7 +13,7 @@ from torch import Tensor
 from pyroem._pyro import Enumerated, align
 from pyroem.errors import ModelError
 from pyroem.estep.chain import Potentials
-from pyroem.estep.scan import Smoothed, best_path, smooth
+from pyroem.estep.scan import Chains, Smoothed, best_path, smooth
 from pyroem.structure import Chain, Structure
 
 
@@ -59,11 +59,13 @@ def _within(inner: Tensor, states: Tensor, axis: int, name: str) -> Tensor:
 def states(potentials: Iterable[Potentials]) -> dict[str, Tensor]:
     """For each assignment its states in the most probable joint assignment: steps, plates.
 
-    The potentials must have the assignments inside the steps at their best.
+    That is up to the last step which shows anything; from there on the path goes to the most
+    probable next state. The potentials must have the assignments inside the steps at their best.
     """
     result = {}
     for own in potentials:
-        path = best_path(own.chains()).reshape((-1, *own.shape))
+        chains = own.chains(own.ends.clamp(min=0))
+        path = _gone_on(best_path(chains), chains).reshape((-1, *own.shape))
         result[own.chain.step] = path
         parts = (path[:1], path[1:])
         for names in own.chain.inner:
@@ -74,6 +76,17 @@ def states(potentials: Iterable[Potentials]) -> dict[str, Tensor]:
             ]
             result[names[1]] = torch.cat(found)
     return result
+
+
+def _gone_on(path: Tensor, chains: Chains) -> Tensor:
+    """The path with the most probable next state at each step after the end."""
+    sequences = torch.arange(path.shape[1])
+    first = int(chains.ends.min()) if len(sequences) else len(path)
+    for t in range(first, len(path) - 1):
+        pair = chains.pair[t if chains.pair.shape[0] > 1 else 0]
+        best = pair.expand(len(sequences), -1, -1)[sequences, path[t]].argmax(-1)
+        path[t + 1] = torch.where(chains.ends <= t, best, path[t + 1])
+    return path
 
 
 def _best_within(inner: Tensor, own: Tensor, path: Tensor, axis: int) -> Tensor:

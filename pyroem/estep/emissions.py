@@ -406,6 +406,7 @@ def potentials_of(rows: ChainRows, params: Params, best: bool = False) -> Potent
         tables[0][0],
         pair.reshape((1,) * (rank + 1) + (k, k)),
         tables[1],
+        torch.empty_like(rows.ends).scatter_(0, rows.order, rows.ends),
         (inner[0], inner[1]),
         (rows.first.group.names[1:], rows.later.group.names[1:]),
     )

@@ -49,12 +49,14 @@ class Rows:
         for layout in mixture.layouts:
             node = nodes[layout.site.name]
             base, _, _ = unwrap(node["fn"])
-            mask = base_mask(node) if masked else None
+            mask = base_mask(node)
             if mask is not None:
                 mask = pad(mask.to(layout.site.dtype), layout.rank, 0)
             column = Columns(layout, base, node["value"], mask, device)
             if index is not None:
                 column.take(index)
+            if not masked:
+                column.mask = None
             self.columns[layout.site.name] = column
         self.num_rows = max(c.num_rows for c in self.columns.values())
         self.weights = None if weights is None else weights.reshape(-1).to(self.device)
