@@ -234,16 +234,7 @@ def check_steps(
     """
     stated = all(loop.stated for loop in loops)
     own = _one_by_one(program, point, parameters, nesting, Brief(FIRST) if stated else Whole())
-    ours: dict[tuple[int, int], list[str]] = {}
-    for name in run.factors:
-        at = step_of(run.trace.nodes[name])
-        if at is not None:
-            ours.setdefault(at, []).append(name)
-    theirs: dict[tuple[int, int], list[str]] = {}
-    for name in own.factors:
-        at = step_of(own.trace.nodes[name])
-        if at is not None:
-            theirs.setdefault(at, []).append(name)
+    ours, theirs = _by_step(run), _by_step(own)
     for name in own.factors:
         outside = name in run.factors and step_of(own.trace.nodes[name]) is None
         if outside and not torch.equal(own.factors[name].tensor, run.factors[name].tensor):
@@ -284,18 +275,26 @@ def _check_late(
         step = int(steps[index])
         own = _one_by_one(program, point, parameters, nesting, Jump(step))
         own_places = _places(own)
-        for name in own.factors:
-            at = step_of(own.trace.nodes[name])
-            if at is None or at[1] != 1 or as_one.lengths[at[0]] <= step:
+        for (loop, at), names in _by_step(own).items():
+            if at != 1 or as_one.lengths[loop] <= step:
                 continue
-            theirs = [n for n in own.factors if step_of(own.trace.nodes[n]) == at]
-            partner = ours[at][theirs.index(name)]
-            plate = as_one.plate(at[0]).name
-            if not _agree(own, name, own_places, run, partner, places, 1, plate, index):
-                raise LoopError(
-                    f"site '{name}' is not what '{partner}', run for all steps at once, says of"
-                    f" step {step}"
-                )
+            plate = as_one.plate(loop).name
+            for name, partner in zip(names, ours[loop, at], strict=True):
+                if not _agree(own, name, own_places, run, partner, places, 1, plate, index):
+                    raise LoopError(
+                        f"site '{name}' is not what '{partner}', run for all steps at once, says of"
+                        f" step {step}"
+                    )
+
+
+def _by_step(run: Enumerated) -> dict[tuple[int, int], list[str]]:
+    """The factor sites of each loop's steps."""
+    found: dict[tuple[int, int], list[str]] = {}
+    for name in run.factors:
+        at = step_of(run.trace.nodes[name])
+        if at is not None:
+            found.setdefault(at, []).append(name)
+    return found
 
 
 def _one_by_one(

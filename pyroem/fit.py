@@ -114,7 +114,7 @@ class Fit:
                 "Sequences in blocks: ask block by block, [fit.predict(*b) for b in blocks]."
             )
         if own.chains:
-            return on_other_sequences(own, self.params, args, kwargs)
+            return on_other_sequences(own, self.params, args, kwargs)[0]
         structure = read(own.program.model, args, kwargs, dtype=own.program.dtype, part=True)
         for name, parameter in structure.parameters.items():
             if name not in self.params or parameter.shape != tuple(self.params[name].shape):
@@ -317,8 +317,7 @@ class Fit:
     def _by_sequence(self, structure: Structure) -> Tensor:
         """The log-likelihood of each element of the unit's plates of a program with chains."""
         found = decode.log_likelihoods(structure, self._potentials(structure))
-        chained = {n for c in structure.chains for n in (*c.opening, *c.following)}
-        if not structure.factor_sites <= chained:
+        if not structure.factor_sites <= structure.chained:
             found = found + decode.log_likelihoods_outside(structure, self._run(structure))
         return found * float(self.problem.plan.reading.traces[0].scale)
 

@@ -38,7 +38,7 @@ from pyroem.mstep.plan import Plan, Rung, make_plan
 from pyroem.mstep.runs import Expected
 from pyroem.mstep.scales import variance_floors
 from pyroem.mstep.update import THOROUGH, Effort, m_step
-from pyroem.reading import has_loops, on_other_sequences, plate_of, read, with_own_values
+from pyroem.reading import first_look, on_other_sequences, read, with_own_values
 from pyroem.sampling import has_rows, leading_size, sample_rows, take
 from pyroem.streaming import Maker, RowMaker, SequenceMaker, Streamed, sampled
 from pyroem.structure import Fixed, Params, Structure
@@ -234,24 +234,20 @@ def pose(
                 " a function that makes the iterator anew: pyroem.blocks(function)."
             )
         data = as_data(args, dtype), as_data(dict(kwargs), dtype)
-        if engine != "trace" and leading_size(data) >= LARGE and not has_loops(model, *data, dtype):
-            large = _pose_large(model, *data, dtype, fixed, floor, weights, SAMPLE, device)
-            if large is not None:
-                return large
-        if engine != "trace":
-            long = _pose_long(model, *data, dtype, fixed, floor, weights, device)
-            if long is not None:
-                return long
-        structure = read(model, *data, dtype=dtype, chains=engine != "trace")
+        loops, sizes = ([], set[int]()) if engine == "trace" else first_look(model, *data, dtype)
+        some = None
+        if loops:
+            if max(loops) * max(sizes, default=1) > SOME_STEPS:
+                some = _pose_long(model, *data, dtype, fixed, floor, weights, sizes, device)
+        elif engine != "trace" and leading_size(data) >= LARGE:
+            some = _pose_large(model, *data, dtype, fixed, floor, weights, SAMPLE, device)
+        if some is not None:
+            return some
+        structure = read(model, *data, dtype=dtype, chains=bool(loops))
         plan = make_plan(structure, fixed)
         structure = plan.structure
         row_weights = None if weights is None else check_weights(weights, structure)
         if structure.chains:
-            if device is not None and isinstance(chain_parts(structure, plan), str):
-                raise SettingError(
-                    f"device='{device}' needs a chain whose observations are products of matrices;"
-                    f" here {chain_parts(structure, plan)}."
-                )
             return problem_of(structure, plan, row_weights, floor, "", device=device)
         mixture = mixture_of(structure, plan)
         if engine == "kernel" and isinstance(mixture, str):
@@ -298,32 +294,34 @@ def _pose_long(
     fixed: Fixed,
     floor: float,
     weights: Any,
+    sizes: set[int],
     device: torch.device | None,
 ) -> Problem | None:
-    """The problem of long chains, read on some of their steps; None where all have to be read."""
+    """The problem of long chains, read on some of their steps; None where all have to be read.
+
+    ``sizes`` are those of the program's plates.
+    """
     try:
         rows = leading_size((args, kwargs))
         few = args, kwargs
-        if rows > SOME_SEQUENCES and plate_of(model, args, kwargs, dtype, rows):
+        if rows > SOME_SEQUENCES and rows in sizes:
             few = take(few, sample_rows(rows, SOME_SEQUENCES), rows)
         structure = read(model, *few, dtype=dtype, chains=True, some_steps=SOME_STEPS)
         loops = structure.program.loops
         if loops is None or (few[0] is args and len(loops.steps) >= max(loops.lengths) - 1):
             return None
-        structure = with_own_values(structure, args, kwargs)
+        if few[0] is not args:
+            structure = with_own_values(structure, args, kwargs)
         plan = make_plan(structure, fixed)
         structure = plan.structure
         parts = chain_parts(structure, plan)
         if isinstance(parts, str):
             return None
         point = plan.reading.points[0]
-        whole = on_other_sequences(structure, point, args, kwargs)
+        whole, nodes = on_other_sequences(structure, point, args, kwargs)
         with isolated(dtype, 0), torch.no_grad():
-            if not same_arguments(
-                whole.program.run(point, nesting=whole.nesting).nodes, plan, point
-            ):
+            if not same_arguments(whole.program.run(point, nesting=whole.nesting).nodes, plan):
                 return None
-            nodes = whole.program.run(point).nodes
             row_weights = None if weights is None else check_weights(weights, whole)
             chunk = sequences_of(whole, parts, nodes, row_weights, device=device)
             engine = ChainEngine(whole, plan, parts, [chunk])
@@ -349,6 +347,11 @@ def chain_engine(
     nodes = plan.reading.traces[0].trace.nodes
     parts = chain_parts(structure, plan)
     if isinstance(parts, str):
+        if device is not None:
+            raise SettingError(
+                f"device='{device}' needs a chain whose observations are products of matrices; here"
+                f" {parts}."
+            )
         ends = {chain.name: lengths(structure, nodes, chain) for chain in structure.chains}
         return ChainTraceEngine(structure, plan, row_weights, ends, parts)
     with isolated(structure.program.dtype, 0), torch.no_grad():

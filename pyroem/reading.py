@@ -70,13 +70,7 @@ def read(
     DataError
         Where an observation has NaN, infinite or unsupported values.
     """
-    if not callable(model):
-        raise ModelError(f"Expected a Pyro program (a callable), got {type(model).__name__}.")
-    if dtype not in (torch.float32, torch.float64):
-        raise SettingError(f"dtype: expected torch.float64 or torch.float32, got {dtype}.")
-    program = Program(
-        model, as_data(args, dtype), as_data(dict(kwargs or {}), dtype), dtype, {}, {}
-    )
+    program = _program(model, args, kwargs or {}, dtype)
     if not chains:
         return _read(program, part)
     reader = Brief(2)
@@ -100,10 +94,22 @@ def read(
     return replace(_read(program, part), no_chain=reason)
 
 
+def _program(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], dtype: torch.dtype
+) -> Program:
+    if not callable(model):
+        raise ModelError(f"Expected a Pyro program (a callable), got {type(model).__name__}.")
+    if dtype not in (torch.float32, torch.float64):
+        raise SettingError(f"dtype: expected torch.float64 or torch.float32, got {dtype}.")
+    return Program(model, as_data(args, dtype), as_data(dict(kwargs), dtype), dtype, {}, {})
+
+
 def on_other_sequences(
     structure: Structure, params: Params, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Structure:
+) -> tuple[Structure, Mapping[str, Site]]:
     """The structure of a program with chains on other sequences, of any length and number.
+
+    Also its sites there, at ``params``, each assignment in its first state.
 
     Raises:
     ------
@@ -135,38 +141,31 @@ def on_other_sequences(
         for name in structure.observations:
             filled = check_observation(nodes[name], partly=True)
             if filled is not None:
-                fill[name] = filled
+                fill[name] = nodes[name]["value"] = filled
     sizes = {f.name: int(f.size) for n in structure.factor_sites for f in plate_frames(nodes[n])}
     by_plate = {loops.plate(i).name: n for i, n in enumerate(lengths)}
     chains = tuple(replace(c, length=by_plate[c.steps]) for c in structure.chains)
     unit_shape = tuple(sizes[p] for p in structure.unit)
     program = replace(program, fill=fill)
-    return replace(structure, program=program, chains=chains, unit_shape=unit_shape)
+    return replace(structure, program=program, chains=chains, unit_shape=unit_shape), nodes
 
 
-def has_loops(
+def first_look(
     model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype
-) -> bool:
-    """Whether a program has loops over time."""
-    reader = Brief(2)
-    with isolated(dtype, 0):
-        Program(model, args, kwargs, dtype, {}, {}).run_and_see({}, reader=reader)
-    return bool(reader.loops)
+) -> tuple[list[int], set[int]]:
+    """The lengths of a program's loops over time, and the sizes of its plates.
 
-
-def plate_of(
-    model: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    dtype: torch.dtype,
-    size: int,
-) -> bool:
-    """Whether a program with loops has a plate of so many rows."""
-    reader = Brief(2)
-    with isolated(dtype, 0):
-        run, _ = Program(model, args, kwargs, dtype, {}, {}).run_and_see({}, reader=reader)
+    None of either where it does not run: why, is told where it is read.
+    """
+    program, reader = _program(model, args, kwargs, dtype), Brief(2)
+    try:
+        with isolated(dtype, 0):
+            run, _ = program.run_and_see({}, reader=reader)
+    except ModelError:
+        return [], set()
     sites = [site for site in run.nodes.values() if site["type"] == "sample"]
-    return bool(reader.loops) and any(f.size == size for s in sites for f in plate_frames(s))
+    sizes = {int(f.size) for s in sites for f in plate_frames(s)}
+    return [loop.length for loop in reader.loops], sizes
 
 
 def with_own_values(

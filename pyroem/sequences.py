@@ -96,9 +96,8 @@ def named(structure: Structure, found: Mapping[str, Tensor]) -> dict[str, Tensor
 def _observed(structure: Structure, chain: Chain) -> Iterator[tuple[str, str | None, str | None]]:
     first = [n for n in chain.opening if n in structure.observations]
     later = [n for n in chain.following if n in structure.observations]
-    chained = {n for c in structure.chains for n in (*c.opening, *c.following)}
     # What is seen at the first step may hang on no state.
-    alone = [n for n in structure.observations if n not in chained]
+    alone = [n for n in structure.observations if n not in structure.chained]
     named = [a for a, _ in pairs_by_name([*first, *alone], later) if a in alone]
     pairs = pairs_by_name([*first, *named], later)
     for a, b in pairs:
@@ -277,15 +276,10 @@ def _predictive(
     wanted += [*(frames[p] for p in others), state]
 
     def arrange(x: Tensor, right: int) -> Tensor:
-        width = max(-d for d in wanted) + right
-        x = x.reshape((1,) * (width - x.dim()) + tuple(x.shape))
-        at = [x.dim() - right + d for d in wanted]
-        steps = len(chain.plates)
-        if x.shape[at[steps]] > 1 and x.stride(at[steps]):
+        moved, steps = _laid_out(x, right, wanted), len(chain.plates)
+        if moved.shape[steps] > 1 and moved.stride(steps):
             raise ModelError(f"forecast: the distribution at site '{name}' differs by step.")
-        x = x.narrow(at[steps], 0, 1)
-        rest = [i for i in range(x.dim() - right) if i not in at]
-        moved = x.permute([*rest, *at, *range(x.dim() - right, x.dim())])[(0,) * len(rest)]
+        moved = moved.narrow(steps, 0, 1)
         shape = [*moved.shape]
         shape[len(wanted) - 1] = chain.num_states
         return moved.expand(shape)
@@ -309,9 +303,8 @@ def residuals(structure: Structure, run: Enumerated, kind: str) -> dict[str, Ten
     if kind not in KINDS:
         raise SettingError(f"residuals: kind must be one of {', '.join(KINDS)}, got {kind!r}.")
     result = {}
-    seen = run.tensors()
-    unseen = {n: torch.zeros_like(t) if n in structure.observations else t for n, t in seen.items()}
-    for joined, prior in zip(join(structure, run, seen), join(structure, run, unseen), strict=True):
+    both = (join(structure, run, t) for t in (run.tensors(), _unseen(structure, run)))
+    for joined, prior in zip(*both, strict=True):
         chain, chains = joined.chain, joined.chains()
         if any(p.pairwise and p.name != chain.step for p in joined.following):
             raise ModelError(
@@ -330,6 +323,12 @@ def residuals(structure: Structure, run: Enumerated, kind: str) -> dict[str, Ten
             ]
             result[name] = _joined(parts, a is None).movedim(0, len(chain.plates))
     return result
+
+
+def _unseen(structure: Structure, run: Enumerated) -> dict[str, Tensor]:
+    """The factors of a run as if nothing were seen."""
+    own = run.tensors().items()
+    return {n: torch.zeros_like(t) if n in structure.observations else t for n, t in own}
 
 
 def _quantile(
@@ -360,11 +359,7 @@ def _quantile(
     middle, mask = (low + high) / 2, base_mask(node)
     if mask is not None:
         middle = torch.where(mask, middle, torch.nan)
-    width = max(-d for d in wanted) + declared
-    x = middle.reshape((1,) * (width - middle.dim()) + tuple(middle.shape))
-    at = [x.dim() - declared + d for d in wanted]
-    rest = [i for i in range(x.dim() - declared) if i not in at]
-    x = x.permute([*rest, *at, *range(x.dim() - declared, x.dim())])[(0,) * len(rest)]
+    x = _laid_out(middle, declared, wanted)
     x = x.unsqueeze(0) if first else x
     w = weights.reshape((*weights.shape, *(1,) * (x.dim() - weights.dim())))
     return torch.special.ndtri((w * x).sum(weights.dim() - 1))
@@ -398,12 +393,8 @@ def draw(structure: Structure, params: Params) -> dict[str, Tensor]:
     from the data.
     """
     program, run = structure.program, structure.enumerate(params)
-    unseen = {
-        n: torch.zeros_like(t) if n in structure.observations else t
-        for n, t in run.tensors().items()
-    }
     result, paths, names = {}, dict[str, Tensor](), public_names(structure)
-    for joined in join(structure, run, unseen):
+    for joined in join(structure, run, _unseen(structure, run)):
         chain, chains = joined.chain, joined.chains()
         path = draw_paths(chains.start, chains.pair, chain.length - 1)
         path = path.reshape((-1, *joined.shape))
@@ -439,10 +430,7 @@ def _joined(parts: list[Tensor], late: bool) -> Tensor:
 
 def _as_values(structure: Structure, run: Enumerated, z: str, path: Tensor) -> Tensor:
     """States (steps, plates) as the program has them: the plates at their dims, then the event."""
-    node = run.trace.nodes[z]
-    events = len(node["fn"].event_shape)
-    support = node["value"]
-    support = support.reshape((-1, *support.shape[support.dim() - events :]))
+    node, support = run.trace.nodes[z], _support(run, z)
     frames = {f.name: f.dim for f in plate_frames(node) if f.vectorized}
     plates = [p for p in structure.plates[z] if p in frames and not _is_steps(structure, p)]
     shape = [1] * max([0, *(-frames[p] for p in plates)])
@@ -453,11 +441,17 @@ def _as_values(structure: Structure, run: Enumerated, z: str, path: Tensor) -> T
 
 def _as_states(run: Enumerated, z: str, values: Tensor) -> Tensor:
     """The numbers of the states that values of an assignment are."""
-    node = run.trace.nodes[z]
-    events = len(node["fn"].event_shape)
-    support = node["value"].reshape((-1, *node["value"].shape[node["value"].dim() - events :]))
+    support = _support(run, z)
+    events = support.dim() - 1
     same = values.unsqueeze(values.dim() - events) == support
     return (same.flatten(-events).all(-1) if events else same).long().argmax(-1)
+
+
+def _support(run: Enumerated, z: str) -> Tensor:
+    """The values of an assignment, by its states."""
+    node = run.trace.nodes[z]
+    value: Tensor = node["value"]
+    return value.reshape((-1, *value.shape[value.dim() - len(node["fn"].event_shape) :]))
 
 
 def _is_steps(structure: Structure, plate: str) -> bool:
@@ -487,6 +481,17 @@ def _drawn(structure: Structure, nodes: Any, chain: Chain, name: str) -> Tensor:
     x = fn.expand(torch.broadcast_shapes(fn.batch_shape, shape)).sample()
     own = [p for p in (chain.steps, *chain.plates) if p in frames]
     own += [p for p in structure.plates[name] if p not in own]
-    at = [x.dim() - events + frames[p].dim for p in own]
-    rest = [i for i in range(x.dim() - events) if i not in at]
-    return x.permute([*rest, *at, *range(x.dim() - events, x.dim())])[(0,) * len(rest)]
+    return _laid_out(x, events, [frames[p].dim for p in own])
+
+
+def _laid_out(x: Tensor, right: int, dims: list[int]) -> Tensor:
+    """The batch dims ``dims`` (from the right) in this order, then the event's ``right`` dims.
+
+    The other batch dims have size one, or one is as good as another.
+    """
+    width = max([0, *(-d for d in dims)]) + right
+    x = x.reshape((1,) * (width - x.dim()) + tuple(x.shape))
+    batch = x.dim() - right
+    at = [batch + d for d in dims]
+    rest = [i for i in range(batch) if i not in at]
+    return x.permute([*rest, *at, *range(batch, x.dim())])[(0,) * len(rest)]

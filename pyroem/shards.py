@@ -202,7 +202,7 @@ class Shard:
         if isinstance(kernel, ChainEngine):
             chunk = make((args, kwargs), self.rows, weights, "The rows of this process", True)
             point = small.plan.reading.points[0]
-            own = on_other_sequences(structure, point, args, kwargs)
+            own, _ = on_other_sequences(structure, point, args, kwargs)
             return own, replace(kernel, structure=own, chunks=[chunk])
         assert isinstance(kernel, MixtureEngine)
         data = whole_data(structure, args, kwargs, self.rows, self.index)

@@ -91,11 +91,10 @@ class SequenceMaker:
         """``size`` sequences."""
         point = self.plan.reading.points[0]
         try:
-            structure = on_other_sequences(self.structure, point, *data)
+            structure, nodes = on_other_sequences(self.structure, point, *data)
         except DataError as error:
             raise DataError(f"{what}: {error}") from error
         with isolated(structure.program.dtype, 0), torch.no_grad():
-            nodes = structure.program.run(point).nodes
             if structure.unit_shape != (size,) or not constant_along_rows(nodes, self.plan):
                 raise DataError(f"{what}: {_OTHER}")
             return sequences_of(structure, self.parts, nodes, weights, 0, device=self.device)

@@ -222,6 +222,11 @@ class Structure:
     no_chain: str = ""
 
     @property
+    def chained(self) -> frozenset[str]:
+        """The sites that hang on a chain."""
+        return frozenset(n for c in self.chains for n in (*c.opening, *c.following))
+
+    @property
     def row_plates(self) -> frozenset[str]:
         """The plates whose elements are rows of data: those of ``unit``, and the chains' own."""
         return frozenset(self.unit).union(*((c.steps, *c.plates) for c in self.chains))

@@ -230,14 +230,14 @@ def constant_along_rows(nodes: Mapping[str, Any], plan: Plan) -> bool:
     return True
 
 
-def same_arguments(nodes: Mapping[str, Any], plan: Plan, params: Params) -> bool:
-    """Whether the arguments and priors at ``params`` are those of the rows that were read.
+def same_arguments(nodes: Mapping[str, Any], plan: Plan) -> bool:
+    """Whether arguments and priors are those of the rows that were read.
 
-    ``nodes`` are the program's sites there, on other rows.
+    ``nodes`` are the program's sites on other rows, at the first point of the reading.
     """
     if not constant_along_rows(nodes, plan):
         return False
-    some = Run(plan, params).nodes
+    params, some = plan.reading.points[0], plan.reading.traces[0].trace.nodes
     for name, site in plan.reading.sites.items():
         pair = [site.family.arguments(unwrap(n[name]["fn"])[0]) for n in (nodes, some)]
         for key, argument in site.arguments.items():

@@ -197,30 +197,16 @@ def _scores(values: Array, out: Array) -> float:  # pragma: no cover  (compiled)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _into(values: Array, pair: Array, j: int) -> float:  # pragma: no cover  (compiled)
-    """``logsumexp(values + pair[:, j])``, exactly."""
+def _exactly(values: Array, edges: Array) -> float:  # pragma: no cover  (compiled)
+    """``logsumexp(values + edges)``."""
     top = -np.inf
     for i in range(len(values)):
-        top = max(top, values[i] + pair[i, j])
+        top = max(top, values[i] + edges[i])
     if not top > -np.inf:
         return top
     total = 0.0
     for i in range(len(values)):
-        total += np.exp(values[i] + pair[i, j] - top)
-    return top + np.log(total)
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def _out_of(values: Array, pair: Array, i: int) -> float:  # pragma: no cover  (compiled)
-    """``logsumexp(values + pair[i, :])``, exactly."""
-    top = -np.inf
-    for j in range(len(values)):
-        top = max(top, values[j] + pair[i, j])
-    if not top > -np.inf:
-        return top
-    total = 0.0
-    for j in range(len(values)):
-        total += np.exp(values[j] + pair[i, j] - top)
+        total += np.exp(values[i] + edges[i] - top)
     return top + np.log(total)
 
 
@@ -264,7 +250,7 @@ def forward(
                 if s[j] > TINY:
                     now[j] = np.log(s[j]) + c + emit[t, n, j]
                 else:
-                    now[j] = _into(before, pair[m1, m2], j) + emit[t, n, j]
+                    now[j] = _exactly(before, pair[m1, m2, :, j]) + emit[t, n, j]
                 if np.isnan(now[j]):
                     top = np.nan
                 top = max(top, now[j])
@@ -352,7 +338,7 @@ def backward(
                 exact = pair[m1, m2]
                 top = -np.inf
                 for j in range(states):
-                    s[j] = _into(before, exact, j) + u[j]
+                    s[j] = _exactly(before, exact[:, j]) + u[j]
                     top = max(top, s[j])
                 total = 0.0
                 for j in range(states):
@@ -371,7 +357,7 @@ def backward(
                 if total > TINY:
                     back[i] = np.log(total) + c + high
                 else:
-                    back[i] = _out_of(u, pair[m1, m2], i)
+                    back[i] = _exactly(u, pair[m1, m2, i])
                 largest = max(largest, back[i])
             for i in range(states):
                 back[i] = back[i] - largest if largest > -np.inf else -np.inf

@@ -1,6 +1,6 @@
 """What chains were doing: posteriors of their states, and their most probable states.
 
-Everything here is over all steps, those at the end of which nothing was seen included.
+The posteriors are over all steps, those at the end of which nothing was seen included.
 """
 
 from __future__ import annotations
@@ -134,11 +134,10 @@ def by_unit(structure: Structure, chain: Chain, value: Tensor) -> Tensor:
 
 def log_likelihoods_outside(structure: Structure, run: Enumerated) -> Tensor:
     """Of each element of the unit's plates, what of it hangs on no chain."""
-    chained = {n for c in structure.chains for n in (*c.opening, *c.following)}
     unit = "".join(run.plates[p] for p in structure.unit)
     total = torch.zeros((1,) * len(unit), dtype=torch.float64)
     for name, factor in run.factors.items():
-        if name in chained or not set(unit) <= factor.ordinal:
+        if name in structure.chained or not set(unit) <= factor.ordinal:
             continue
         rest = [i for i, d in enumerate(factor.dims) if d not in unit]
         row = factor.tensor.sum(rest) if rest else factor.tensor

@@ -62,9 +62,8 @@ class ChainParts:
 def chain_parts(structure: Structure, plan: Plan) -> tuple[ChainParts, ...] | str:
     """The chains of a program for the kernel, or the reason why the program has to run."""
     run, found = plan.reading.traces[0], []
-    chained = {n for c in structure.chains for n in (*c.opening, *c.following)}
     for name in run.factors:
-        if name not in chained:
+        if name not in structure.chained:
             return f"site '{name}' hangs on no chain"
         reason = no_product(structure, plan, name)
         if reason:
@@ -144,12 +143,9 @@ class ChainRows:
             return None, part
         weights = weights.to(part.group.zero.dtype)
         cache = 4 * self.cache  # the statistics of rows in two plates are kept anyway
-        rows = Rows(part.mixture, nodes, weights, cache, self.device, index)
-        masks = [c.mask for c in rows.columns.values()]
-        if any(m is not None for m in masks) and all(m is None or bool(m.all()) for m in masks):
-            part = replace(part, mixture=_unmasked(part.mixture))
-            rows = Rows(part.mixture, nodes, weights, cache, self.device, index, masked=False)
-        return rows, part
+        unmasked = _unmasked(part.mixture)
+        rows = Rows(part.mixture, nodes, weights, cache, self.device, index, unmasked)
+        return rows, replace(part, mixture=rows.mixture)
 
     def spread(self, x: Tensor, first: bool, unseen: Tensor) -> Tensor:
         """Rows as steps by sequences; ``unseen`` is the row of a sequence that has ended."""

@@ -29,8 +29,8 @@ IMPOSSIBLE = -1e200  # a sum that holds the logarithm of zero
 class Rows:
     """The data of all observations, in blocks, and their base measure.
 
-    Of the rows only those of ``index`` are taken, if it is given. Masks are left out if it is known
-    (not ``masked``) that they hide none of them.
+    Of the rows only those of ``index`` are taken, if it is given. Where masks hide none of them,
+    ``mixture`` becomes the one that is given as ``unmasked``.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Rows:
         cache: int = CACHE,
         device: torch.device | None = None,
         index: Tensor | None = None,
-        masked: bool = True,
+        unmasked: Mixture | None = None,
     ) -> None:
         self.device = device or torch.device("cpu")
         self.mixture, self.dtype = mixture, mixture.plan.structure.program.dtype
@@ -55,9 +55,12 @@ class Rows:
             column = Columns(layout, base, node["value"], mask, device)
             if index is not None:
                 column.take(index)
-            if not masked:
-                column.mask = None
             self.columns[layout.site.name] = column
+        masks = [c.mask for c in self.columns.values() if c.mask is not None]
+        if unmasked is not None and masks and all(bool(mask.all()) for mask in masks):
+            self.mixture = mixture = unmasked
+            for column in self.columns.values():
+                column.mask = None
         self.num_rows = max(c.num_rows for c in self.columns.values())
         self.weights = None if weights is None else weights.reshape(-1).to(self.device)
         self.total = float(self.num_rows if weights is None else weights.sum())

@@ -15,6 +15,7 @@ Source: Rabiner (1989); Saerkkae and Garcia-Fernandez (2021) for the parallel sc
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -125,8 +126,7 @@ def _compiled(chains: Chains, weights: Tensor) -> Smoothed:
     if offsets is None:
         offsets = torch.arange(len(emit) + 1) * sequences
         emit = emit.reshape(-1, states)
-    shift = _finite(pair.amax((2, 3)))
-    matrix = (pair - shift[..., None, None]).exp()
+    matrix, shift = _scaled(pair)
     top, first = _finite(emit.amax(-1)), _finite(start.amax(-1))
     likelihood = (emit - top.unsqueeze(-1)).exp_()
     strict = bool((matrix < STRICT).any())
@@ -145,7 +145,7 @@ def _compiled(chains: Chains, weights: Tensor) -> Smoothed:
         *numbers, w.numpy(), scale.numpy(), ahead.numpy(), xi.numpy(), lost.numpy()
     )
     value = first.clone()
-    compiled.add_lowered(*(x.numpy() for x in (scale, top, shift, offsets, ends, value)))
+    compiled.add_lowered(*(x.numpy() for x in (scale, top, shift[..., 0, 0], offsets, ends, value)))
     if lost.any():
         step, sequence = places(offsets)
         index = lost.nonzero().reshape(-1)
@@ -169,11 +169,11 @@ def _compiled(chains: Chains, weights: Tensor) -> Smoothed:
 
 
 def _careful(chains: Chains, weights: Tensor) -> Smoothed:
-    shift = _finite(chains.pair.amax((2, 3)))
-    matrix = (chains.pair - shift[..., None, None]).exp()
+    matrix, shift = _scaled(chains.pair)
     steps, sequences, states = chains.emit.shape
     ahead = torch.empty((steps + 1, sequences, states), dtype=torch.float64)
     xi = torch.zeros_like(chains.pair)
+    shift = shift[..., 0, 0]
     numbers = [x.numpy() for x in (chains.pair, matrix, shift, chains.emit, chains.ends)]
     value = compiled.forward(chains.start.numpy(), *numbers, ahead.numpy())
     compiled.backward(*numbers, weights.numpy(), ahead.numpy(), xi.numpy())
@@ -182,6 +182,12 @@ def _careful(chains: Chains, weights: Tensor) -> Smoothed:
 
 def _finite(x: Tensor) -> Tensor:
     return torch.where(x.isfinite(), x, 0.0)
+
+
+def _scaled(pair: Tensor) -> tuple[Tensor, Tensor]:
+    """Transition matrices, each up to a factor, and the logarithms of the factors."""
+    shift = _finite(pair.amax((-1, -2), keepdim=True))
+    return (pair - shift).exp(), shift
 
 
 # ---------------------------------------------------------------------------------------
@@ -202,8 +208,7 @@ def recursions(chains: Chains) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     later = torch.cat([seen.flip(0)[1:], torch.zeros_like(seen[:1])])
     behind, _ = _sweep(seen[-1], pair.flip(0).mT, later, active.flip(0))
     from_next = behind[:-1].flip(0)
-    shift = _finite(pair.amax((-1, -2), keepdim=True))
-    matrix = (pair - shift).exp()
+    matrix, shift = _scaled(pair)
     back = _advance(from_next.unsqueeze(-2), pair.mT, matrix.mT, shift).squeeze(-2)
     back = torch.where(active.unsqueeze(-1), back, 0.0)
     return ahead, torch.cat([back, torch.zeros_like(seen[:1])]), from_next, value
@@ -219,8 +224,7 @@ def filtering(chains: Chains) -> tuple[Tensor, Tensor]:
 def predicted(ahead: Tensor, chains: Chains) -> Tensor:
     """``log p(state at t | seen before t)``, from ``a_t`` of the steps before; not of the first."""
     before = ahead[:-1].log_softmax(-1)
-    shift = _finite(chains.pair.amax((-1, -2), keepdim=True))
-    matrix = (chains.pair - shift).exp()
+    matrix, shift = _scaled(chains.pair)
     return _advance(before.unsqueeze(-2), chains.pair, matrix, shift).squeeze(-2).log_softmax(-1)
 
 
@@ -260,8 +264,7 @@ def _normalised(x: Tensor) -> Tensor:
 
 def _pairs(ahead: Tensor, pair: Tensor, behind: Tensor, weights: Tensor) -> Tensor:
     """The weighted posteriors of pairs; their sum over what ``pair`` does not differ along."""
-    shift = _finite(pair.amax((2, 3), keepdim=True))
-    matrix = (pair - shift).exp()
+    matrix, _ = _scaled(pair)
     p = (ahead - _finite(ahead.amax(-1, keepdim=True))).exp()
     q = (behind - _finite(behind.amax(-1, keepdim=True))).exp()
     reached = (p.unsqueeze(-2) @ matrix).squeeze(-2)
@@ -331,21 +334,25 @@ def _sweep(start: Tensor, pair: Tensor, emit: Tensor, active: Tensor) -> tuple[T
     return torch.cat([first.unsqueeze(0), after]), torch.cat([top.unsqueeze(0), lowered])
 
 
-def _loop(values: Tensor, pair: Tensor, emit: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
-    """The steps one after the other, for rows of values (..., 1, states)."""
-    shift = _finite(pair.amax((-1, -2), keepdim=True))
-    matrix = (pair - shift).exp()
-    top = _finite(values.amax(-1, keepdim=True))
-    values = values - top
-    found, lowered = [values], [top]
+def _steps(
+    values: Tensor, pair: Tensor, emit: Tensor, active: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of values (..., rows, states) after each step, and by how much they were lowered."""
+    matrix, shift = _scaled(pair)
     for t in range(emit.shape[0]):
         at = t if pair.shape[0] > 1 else 0
         new = _advance(values, pair[at], matrix[at], shift[at])
         values = torch.where(active[t][..., None, None], new, values) + emit[t]
         top = _finite(values.amax(-1, keepdim=True))
         values = values - top
-        found.append(values)
-        lowered.append(top)
+        yield values, top
+
+
+def _loop(values: Tensor, pair: Tensor, emit: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+    """The steps one after the other, for rows of values (..., 1, states)."""
+    top = _finite(values.amax(-1, keepdim=True))
+    first = values - top
+    found, lowered = zip((first, top), *_steps(first, pair, emit, active), strict=True)
     return torch.stack(found).squeeze(-2), torch.stack(lowered).squeeze(-1).squeeze(-1)
 
 
@@ -354,14 +361,6 @@ def _last(values: Tensor, pair: Tensor, emit: Tensor, active: Tensor) -> Tensor:
 
     Rows differ in how far they were lowered, so that cannot be left out.
     """
-    total = torch.zeros_like(values[..., :1])
-    shift = _finite(pair.amax((-1, -2), keepdim=True))
-    matrix = (pair - shift).exp()
-    for t in range(emit.shape[0]):
-        at = t if pair.shape[0] > 1 else 0
-        new = _advance(values, pair[at], matrix[at], shift[at])
-        values = torch.where(active[t][..., None, None], new, values) + emit[t]
-        top = _finite(values.amax(-1, keepdim=True))
-        values, total = values - top, total + top
-    values = values + total
+    found, lowered = zip(*_steps(values, pair, emit, active), strict=True)
+    values = found[-1] + torch.stack(lowered).sum(0)
     return values - _finite(values.amax((-1, -2), keepdim=True))
