@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn
 
 from torch import Tensor
 
@@ -20,7 +20,7 @@ import pyroem
 from pyroem import datasets, plot
 from pyroem.errors import PyroemError
 from pyroem.loop import Status
-from pyroem.models.gaussian import Covariance, gaussian_mixture
+from pyroem.models.gaussian import COVARIANCES, gaussian_mixture
 
 SOLVERS = {"em": "EM", "adam": "MAP (Adam)", "lbfgs": "MAP (L-BFGS)"}
 TABLE = (
@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="A,B",
         help="columns by name, or by position from 1 (default: all numeric columns)",
     )
-    add("--covariance", choices=get_args(Covariance), default="full", help="default: full")
+    add("--covariance", choices=COVARIANCES, default="full", help="default: full")
     add(
         "--solvers",
         type=_solvers,

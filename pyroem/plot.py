@@ -162,6 +162,8 @@ def mixture_moments(params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tenso
     K, D = loc.shape
     if "covariance" in params:
         covariances = params["covariance"].detach().expand(K, D, D)
+    elif "variance" in params:
+        covariances = torch.diag_embed(params["variance"].detach())
     else:
         scale = params["scale"].detach()
         scale = scale.unsqueeze(-1) if scale.ndim == 1 else scale

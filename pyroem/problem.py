@@ -33,6 +33,7 @@ from pyroem.estep.engine import (
 from pyroem.estep.kernel import Rows
 from pyroem.estep.mixture import Mixture, mixture_of
 from pyroem.estep.trace import posterior
+from pyroem.mstep.closed import clipped
 from pyroem.mstep.freedom import degrees_of_freedom
 from pyroem.mstep.plan import Plan, Rung, make_plan
 from pyroem.mstep.runs import Expected
@@ -197,9 +198,8 @@ class Problem:
         """``params`` with every variance above ``factor`` times its floor."""
         result = dict(params)
         for name, floor in self.floors.items():
-            clip = self.plan.blocks[name].uses[0].coordinate.clip
-            assert clip is not None
-            result[name] = self.structure.parameters[name].keep(clip(params[name], floor * factor))
+            high = clipped(self.plan.blocks[name], params[name], floor * factor)
+            result[name] = self.structure.parameters[name].keep(high)
         return result
 
 

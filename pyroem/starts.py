@@ -15,6 +15,7 @@ from pyroem._pyro import isolated
 from pyroem.batch import Batch, no_batch, stack, unstack
 from pyroem.diagnose import collapsed
 from pyroem.errors import ModelError, SettingError
+from pyroem.given import around, assignments
 from pyroem.guesses import from_evidence, guessed_together, placed
 from pyroem.interrupt import pause_point
 from pyroem.mstep.plan import Rung
@@ -94,10 +95,23 @@ def starts(
         For an unknown method, parameters that the program does not have, shapes that do not match,
         and ``count > 1`` of a start that has nothing random.
     """
+    guesses = _guessed(problem, init)
+    if guesses:
+        values = {n: v for n, v in getattr(init, "params", init).items() if n not in guesses}
+        if count > 1:
+            _refuse("given values", count)
+        return Starts([lambda: [_given(problem, values, seed, guesses)]])
     found = _starts(problem.sample, init, count, seed, report)
     if problem.smaller is not None:
         found.finish = partial(_on_all_rows, problem)
     return found
+
+
+def _guessed(problem: Problem, init: Any) -> dict[str, Any]:
+    """The assignments that ``init`` gives."""
+    given = init if isinstance(init, Mapping) else {}
+    known = set(assignments(problem.structure)) - set(problem.structure.parameters)
+    return {name: value for name, value in given.items() if name in known}
 
 
 def _on_all_rows(problem: Problem, start: Start) -> Start:
@@ -204,8 +218,10 @@ def _drawn(problem: Problem, seed: int) -> Params:
     }
 
 
-def _given(problem: Problem, given: Mapping[str, Any], seed: int) -> Start:
-    """Values that the user gives; what is missing is found around them."""
+def _given(
+    problem: Problem, given: Mapping[str, Any], seed: int, guesses: Mapping[str, Any] | None = None
+) -> Start:
+    """Values that the user gives; what is missing is found around them, or from the ``guesses``."""
     structure = problem.structure
     check_names(given, structure.parameters, "init")
     _check_fixed(problem, given)
@@ -219,6 +235,9 @@ def _given(problem: Problem, given: Mapping[str, Any], seed: int) -> Start:
             )
     program = {**own_values(problem), **values}
     rest = frozenset(problem.free) - frozenset(values)
+    if guesses:
+        how = "the assignments given and one M-step"
+        return Start(around(problem, program, guesses, rest), how, sought=tuple(sorted(rest)))
     if not rest or not structure.assignments:
         return Start(program, "the values given")
     if _telling(problem, values)[1]:

@@ -21,6 +21,7 @@ from pyroem._pyro import (
     site_log_prob,
     unwrap,
 )
+from pyroem.constraints import structure_of
 from pyroem.errors import SettingError
 
 Params = dict[str, Tensor]
@@ -71,6 +72,10 @@ class Parameter:
         """The dimension of the parameter's space: the rank of ``constrain``, block by block."""
         constraint = self.kind
         events = constraint.event_dim
+        shared = structure_of(constraint)
+        if shared is not None:
+            batch = self.shape[: len(self.shape) - events]
+            return shared.dimension(self.shape) * int(torch.Size(batch).numel())
         if self.held is not None and self.held.any():
             free = ~self.held
             if events == 0:

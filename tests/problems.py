@@ -25,6 +25,8 @@ from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import BoolTensor, Tensor
 from torch.distributions import AffineTransform, SigmoidTransform, constraints, transform_to
 
+from pyroem.constraints import covariances, variances
+
 Axes = tuple[tuple[str, int], ...]
 
 
@@ -117,6 +119,37 @@ def tied_gaussian(x: Tensor) -> None:
     with pyro.plate("rows", len(x)):
         z = pyro.sample("z", dist.Categorical(weights))
         pyro.sample("x", dist.MultivariateNormal(loc[z], covariance_matrix=cov), obs=x)
+
+
+def shared_shape(x: Tensor) -> None:
+    """Gaussians whose covariances have one shape, with volumes and orientations of their own."""
+    _structured(x, covariances("VEV"))
+
+
+def shared_orientation(x: Tensor) -> None:
+    """Gaussians whose covariances have one orientation."""
+    _structured(x, covariances("VVE"))
+
+
+def _structured(x: Tensor, structure: Any) -> None:
+    k, d = 2, x.shape[-1]
+    weights = pyro.param("weights", x.new_ones(k) / k, constraint=constraints.simplex)
+    loc = pyro.param("loc", lambda: torch.randn(k, d, dtype=x.dtype))
+    cov = pyro.param("cov", torch.eye(d, dtype=x.dtype).repeat(k, 1, 1), constraint=structure)
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("x", dist.MultivariateNormal(loc[z], covariance_matrix=cov[z]), obs=x)
+
+
+def shared_volume(x: Tensor) -> None:
+    """Gaussians with diagonal covariances of one volume."""
+    k, d = 3, x.shape[-1]
+    weights = pyro.param("weights", x.new_ones(k) / k, constraint=constraints.simplex)
+    loc = pyro.param("loc", lambda: torch.randn(k, d, dtype=x.dtype))
+    variance = pyro.param("variance", x.new_ones(k, d), constraint=variances("EVI"))
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("x", dist.Normal(loc[z], variance[z].sqrt()).to_event(1), obs=x)
 
 
 def cholesky_gaussian(x: Tensor) -> None:
@@ -1243,6 +1276,42 @@ PROBLEMS: list[Problem] = [
         4,
         {"z": 3},
         (("weights", 0), ("loc", 0)),
+    ),
+    _problem(
+        shared_shape,
+        (_blank(120, 2),),
+        {
+            "weights": _WEIGHTS2,
+            "loc": _LOC22,
+            "cov": covariances("VEV").project(real(_COV22)).tolist(),
+        },
+        6,
+        {"z": 2},
+        (("weights", 0), ("loc", 0), ("cov", 0)),
+    ),
+    _problem(
+        shared_orientation,
+        (_blank(120, 2),),
+        {
+            "weights": _WEIGHTS2,
+            "loc": _LOC22,
+            "cov": covariances("VVE").project(real(_COV22)).tolist(),
+        },
+        6,
+        {"z": 2},
+        (("weights", 0), ("loc", 0), ("cov", 0)),
+    ),
+    _problem(
+        shared_volume,
+        (_blank(120, 2),),
+        {
+            "weights": _WEIGHTS3,
+            "loc": _LOC32,
+            "variance": [[2.0, 0.5], [1.0, 1.0], [0.4, 2.5]],
+        },
+        4,
+        {"z": 3},
+        (("weights", 0), ("loc", 0), ("variance", 0)),
     ),
     _problem(
         cholesky_gaussian,

@@ -1,60 +1,85 @@
-"""Gaussian mixtures, as a Pyro program."""
+"""Gaussian mixtures, as Pyro programs: scikit-learn's covariances and mclust's fourteen."""
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
 
-Covariance = Literal["full", "diagonal", "tied", "spherical"]
+from pyroem.constraints import DIAGONALS, MATRICES, covariances, variances
+
+# Each name is mclust's: volume, shape and orientation, E(qual), V(ariable) or I(dentity).
+NAMED = {
+    "full": "VVV",
+    "tied": "EEE",
+    "diagonal": "VVI",
+    "tied-diagonal": "EEI",
+    "spherical": "VII",
+    "tied-spherical": "EII",
+}
+COVARIANCES = (*NAMED, "EII", "VII", "EEI", "VEI", "EVI", "VVI", "EEE", *MATRICES, "VVV")
 
 
-def gaussian_mixture(
-    components: int, covariance: Covariance = "full"
-) -> Callable[[torch.Tensor], None]:
+def gaussian_mixture(components: int, covariance: str = "full") -> Callable[..., None]:
     """The program of a Gaussian mixture, for rows ``x [N, D]``.
 
         z_n ~ Categorical(weights),   x_n | z_n = k ~ Normal(loc_k, Sigma_k)
 
     with ``weights [K]`` on the simplex, ``loc [K, D]``, and by the argument ``covariance``
 
-    - ``"full"``: ``covariance [K, D, D]``, ``Sigma_k = covariance_k``
-    - ``"diagonal"``: ``scale [K, D]``, ``Sigma_k = diag(scale_k ** 2)``
-    - ``"tied"``: ``covariance [D, D]``, ``Sigma_k = covariance``
-    - ``"spherical"``: ``scale [K]``, ``Sigma_k = scale_k ** 2 * I``
+    - ``"full"`` or ``"VVV"``: ``covariance [K, D, D]``
+    - ``"tied"`` or ``"EEE"``: ``covariance [D, D]``
+    - ``"diagonal"`` or ``"VVI"``: ``scale [K, D]``, ``Sigma_k = diag(scale_k ** 2)``
+    - ``"tied-diagonal"`` or ``"EEI"``: ``scale [1, D]``
+    - ``"spherical"`` or ``"VII"``: ``scale [K]``; ``"tied-spherical"`` or ``"EII"``: ``scale []``
+    - ``"VEI"``, ``"EVI"``: ``variance [K, D]`` (:class:`pyroem.constraints.variances`)
+    - ``"VEE"``, ``"EVV"``, ``"EEV"``, ``"VEV"``, ``"EVE"``, ``"VVE"``: ``covariance [K, D, D]``
+      (:class:`pyroem.constraints.covariances`)
 
     Its own initial values make all components equal, which is a fixed point of EM: a solver
     starts from the data instead. Raises ``ValueError`` on a setting or shape outside of these.
     """
     if components < 1:
         raise ValueError(f"Expected components >= 1; got {components}.")
-    if covariance not in get_args(Covariance):
-        raise ValueError(f"Expected covariance in {get_args(Covariance)}; got {covariance!r}.")
-    matrix = covariance in ("full", "tied")
+    if covariance not in COVARIANCES:
+        raise ValueError(f"Expected covariance in {', '.join(COVARIANCES)}; got {covariance!r}.")
+    return partial(_gaussian_mixture, components, NAMED.get(covariance, covariance))
 
-    def model(x: torch.Tensor) -> None:
-        if x.ndim != 2:
-            raise ValueError(f"Expected x of shape [N, D]; got {list(x.shape)}.")
-        K, (N, D) = components, x.shape
-        one = torch.eye(D, dtype=x.dtype, device=x.device) if matrix else x.new_ones(())
-        shape = {"full": (K, D, D), "diagonal": (K, D), "tied": (D, D), "spherical": (K,)}
-        weights = pyro.param("weights", lambda: x.new_ones(K) / K, constraint=constraints.simplex)
-        loc = pyro.param("loc", lambda: x.new_zeros(K, D))
-        spread = pyro.param(
-            "covariance" if matrix else "scale",
-            lambda: one.expand(shape[covariance]).clone(),
-            constraint=constraints.positive_definite if matrix else constraints.positive,
-        )
-        with pyro.plate("rows", N):
-            z = pyro.sample("z", dist.Categorical(weights))
-            rows = spread if covariance == "tied" else spread[z]
-            if matrix:
-                emission = dist.MultivariateNormal(loc[z], covariance_matrix=rows)
-            else:
-                rows = rows.unsqueeze(-1) if covariance == "spherical" else rows
-                emission = dist.Normal(loc[z], rows).to_event(1)
-            pyro.sample("x", emission, obs=x)
 
-    return model
+def _gaussian_mixture(components: int, covariance: str, x: torch.Tensor) -> None:
+    if x.ndim != 2:
+        raise ValueError(f"Expected x of shape [N, D]; got {list(x.shape)}.")
+    K, (N, D) = components, x.shape
+    weights = pyro.param("weights", lambda: x.new_ones(K) / K, constraint=constraints.simplex)
+    loc = pyro.param("loc", lambda: x.new_zeros(K, D))
+    spread = _spread(covariance, K, x)
+    each = covariance[0] == "V" or covariance in (*DIAGONALS, *MATRICES)
+    with pyro.plate("rows", N):
+        z = pyro.sample("z", dist.Categorical(weights))
+        rows = spread[z] if each else spread
+        if covariance[2] != "I":
+            emission = dist.MultivariateNormal(loc[z], covariance_matrix=rows)
+        else:
+            rows = rows.sqrt() if covariance in DIAGONALS else rows
+            rows = rows.unsqueeze(-1) if covariance == "VII" else rows
+            emission = dist.Normal(loc[z], rows).to_event(1)
+        pyro.sample("x", emission, obs=x)
+
+
+def _spread(covariance: str, K: int, x: torch.Tensor) -> torch.Tensor:
+    """The parameter that holds the covariances, in the form that suits their structure."""
+    D = x.shape[1]
+    one = torch.eye(D, dtype=x.dtype, device=x.device)
+    positive, definite = constraints.positive, constraints.positive_definite
+    if covariance in MATRICES:
+        shared = covariances(covariance)
+        return pyro.param("covariance", lambda: one.repeat(K, 1, 1), constraint=shared)
+    if covariance in DIAGONALS:
+        return pyro.param("variance", lambda: x.new_ones(K, D), constraint=variances(covariance))
+    if covariance in ("VVV", "EEE"):
+        stack = (K, 1, 1) if covariance == "VVV" else (1, 1)
+        return pyro.param("covariance", lambda: one.repeat(*stack), constraint=definite)
+    shape = {"VVI": (K, D), "EEI": (1, D), "VII": (K,), "EII": ()}[covariance]
+    return pyro.param("scale", lambda: x.new_ones(shape), constraint=positive)

@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from pyroem.constraints import SharedConstraint
 from pyroem.families import Coordinate
 from pyroem.families.forms import Form
 from pyroem.mstep.sites import SiteModel
@@ -47,7 +48,7 @@ class Block:
 
     ``partners`` are parameters that follow it freely: if they are updated too, it takes its
     ``profiled`` form, which has them at their maximisers. An ``ordered`` one increases along its
-    last dim.
+    last dim; in a ``shared`` one all blocks have something in common, and one maximiser.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Block:
     upper: float = torch.inf
     partners: frozenset[str] = frozenset()
     ordered: bool = False
+    shared: SharedConstraint | None = None
 
     @cached_property
     def profiled(self) -> Block:

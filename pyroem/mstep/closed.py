@@ -11,6 +11,7 @@ from pyro import distributions as dist
 from torch import Tensor
 
 from pyroem._pyro import unwrap
+from pyroem.constraints import SharedConstraint
 from pyroem.families import forms
 from pyroem.families.forms import Form
 from pyroem.mstep.plan import Block, Plan
@@ -50,6 +51,8 @@ def closed_update(
             dims = form.event_dim
             around = as_blocks(old, dims), as_blocks(held, dims)
             value = form.mode_beside(*around, *totals).reshape(old.shape)
+        elif block.shared is not None:
+            value = in_common(block.shared, form, old, totals)
         else:
             value = form.mode(*totals).reshape(old.shape)
         if block.ordered:
@@ -57,9 +60,8 @@ def closed_update(
     if not math.isfinite(value.sum()):
         value = _without_infinities(value, form)
         value = torch.where(_finite_blocks(value, form.event_dim), value, old)
-    coordinate = block.uses[0].coordinate
-    if floor is not None and block.name in floor and coordinate.clip is not None:
-        value = coordinate.clip(value, floor[block.name])
+    if floor is not None and block.name in floor:
+        value = clipped(block, value, floor[block.name])
     if "scalar" in form.domain:
         value = _inside(value, block.lower, block.upper)
         if has_prior:
@@ -91,6 +93,43 @@ def in_order(form: Form, value: Tensor, totals: tuple[Tensor, ...]) -> Tensor:
         for i in range(1, length):
             row[i] = torch.maximum(row[i], row[i - 1] + APART * (1 + row[i - 1].abs()))
     return rows.reshape(value.shape)
+
+
+def in_common(
+    shared: SharedConstraint, form: Form, old: Tensor, totals: tuple[Tensor, ...]
+) -> Tensor:
+    """The maximiser over blocks that have something in common, for every copy of the parameter."""
+    weight, scatter = totals
+    if form is forms.INVERSE_RATE:  # -a log t - b / t, where a covariance has half of each
+        weight, scatter = 2 * weight, 2 * scatter
+    events = shared.event_dim
+    shape = old.shape[old.dim() - events :]
+    sizes = shape if form is forms.INVERSE_RATE else shape[:1]
+    found = []
+    for n, w, before in zip(
+        weight.reshape((-1, *sizes)),
+        scatter.reshape((-1, *shape)),
+        old.reshape((-1, *shape)),
+        strict=True,
+    ):
+        try:
+            found.append(shared.maximise(n, w, before))
+        except torch.linalg.LinAlgError:  # a scatter without full rank
+            found.append(before)
+    return torch.stack(found).reshape(old.shape)
+
+
+def clipped(block: Block, value: Tensor, floor: Tensor) -> Tensor:
+    """A parameter with every variance above its floor, and under its constraint still."""
+    clip = block.uses[0].coordinate.clip
+    if clip is None:
+        return value
+    high = clip(value, floor)
+    if block.shared is None or bool((high - value).abs().max() <= 1e-12 * value.abs().max()):
+        return high
+    events = block.shared.event_dim
+    flat = high.reshape((-1, *high.shape[high.dim() - events :]))
+    return torch.stack([block.shared.project(x) for x in flat]).reshape(value.shape)
 
 
 def _cells(

@@ -50,7 +50,7 @@ def _of_block(plan: Plan, name: str) -> int:
     """Of the parts of a parameter that stand somewhere; of logits only the differences."""
     block, parameter = plan.blocks[name], plan.structure.parameters[name]
     form, free = block.form, parameter.df
-    if form is None or not block.uses or parameter.has_prior:
+    if form is None or not block.uses or parameter.has_prior or block.shared is not None:
         return free
     blocks = as_blocks(parameter.value, form.event_dim)
     cells = torch.cat([use.cells.reshape(-1) for use in block.uses])

@@ -9,6 +9,8 @@ import torch
 from pyro import distributions as dist
 from torch.distributions import constraints
 
+from pyroem.constraints import structure_of
+from pyroem.families import forms
 from pyroem.families.forms import Form
 from pyroem.structure import Parameter, elementary
 
@@ -16,6 +18,11 @@ from pyroem.structure import Parameter, elementary
 def bounds_of(parameter: Parameter, form: Form) -> tuple[float, float] | None:
     """The interval of a scalar kernel, or ``(-inf, inf)`` where a block's constraint suits it."""
     constraint = parameter.kind
+    shared = structure_of(constraint)
+    if shared is not None:
+        wanted_form = forms.COVARIANCE if shared.event_dim == 3 else forms.INVERSE_RATE
+        suits = form is wanted_form and len(parameter.shape) == shared.event_dim
+        return (0.0, torch.inf) if suits else None
     if "scalar" in form.domain:
         free = (-torch.inf, torch.inf)
         return free if is_ordered(parameter) else interval_of(constraint)

@@ -9,6 +9,7 @@ from pyro import distributions as dist
 from torch.distributions import constraints
 
 from pyroem._pyro import unwrap
+from pyroem.constraints import structure_of
 from pyroem.families import forms
 from pyroem.mstep.affine import Affine
 from pyroem.mstep.blocks import Block, Rung, Use
@@ -139,6 +140,9 @@ def _closed(reading: Reading, parameter: Parameter, sites: list[SiteModel]) -> B
                 return alike
             why = f"the {kind} prior is not conjugate to the {form.name} kernel"
             return Block(name, Rung.ON_STATISTICS, why, form, tuple(uses), *bounds)
+    shared = structure_of(parameter.kind)
+    if shared is not None:
+        reason += f", {shared.name}: {shared.how}"
     if is_ordered(parameter):
         if form.mode_of_cells is not None:
             return numeric(f"its constraint {parameter.constraint} does not suit the {form.name}")
@@ -147,7 +151,7 @@ def _closed(reading: Reading, parameter: Parameter, sites: list[SiteModel]) -> B
     if unnormalised and parameter.held is not None:
         return numeric("some elements of its vectors are held")
     block = Block(name, Rung.CLOSED_FORM, reason, form, tuple(uses), *bounds)
-    return replace(block, ordered=is_ordered(parameter))
+    return replace(block, ordered=is_ordered(parameter), shared=shared)
 
 
 def _single_use(site: SiteModel, affine: Affine, name: str) -> Use | None:

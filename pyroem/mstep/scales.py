@@ -73,6 +73,8 @@ def search_steps(
             scale = _scatter(block, structure, event)
             if scale is not None:
                 unit = scale.sqrt().reshape(raw.shape)
+        elif block.shared is not None:
+            pass  # logarithms and angles
         elif block.form in (forms.COVARIANCE, forms.SCALE_TRIL, forms.PRECISION):
             shape = parameter.shape
             scale = _scatter(block, structure, shape[-1:])
