@@ -24,6 +24,8 @@ def no_batch(problem: Problem) -> str:
     """Why runs of the problem cannot go as one; empty where they can."""
     if problem.everywhere is not None:
         return "the rows are spread over processes"
+    if isinstance(problem.engine, MixtureEngine) and problem.engine.mixture.partial:
+        return "elements of vectors are missing"
     if not isinstance(problem.engine, MixtureEngine):
         return "the kernel does not serve the program"
     if problem.engine.mixture.outside:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import pyro
 import torch
 from torch import Tensor
 
 from pyroem._pyro import (
+    VECTORS,
     Enumerated,
+    Missing,
     Program,
     Site,
     Values,
@@ -54,14 +58,23 @@ def check_batch(name: str, site: Site) -> None:
         )
 
 
-def check_observation(site: Site, partly: bool = False) -> Tensor | None:
-    """Check the data of an observation; where masked cells are unfit, return the data without.
+@dataclass(frozen=True)
+class Checked:
+    """Data that was checked: without unfit cells where there are such, and what is missing."""
 
-    ``partly`` says that the rest is a site of its own (``obs_mask``): then nothing may be known.
+    fill: Tensor | None = None
+    missing: Missing | None = None
+
+
+def check_observation(site: Site, partly: bool = False) -> Checked:
+    """Check the data of an observation; where masked cells are unfit, give the data without.
+
+    NaN is a missing value. ``partly`` says that the rest is a site of its own (``obs_mask``), or
+    of other data: then nothing may be known.
     """
     name, fn, value = site["name"], site["fn"], site["value"]
     if isinstance(fn, pyro.distributions.Unit):
-        return None
+        return Checked()
     expected = tuple(fn.batch_shape + fn.event_shape)
     try:
         fits = torch.broadcast_shapes(value.shape, expected) == expected
@@ -88,19 +101,21 @@ def check_observation(site: Site, partly: bool = False) -> Tensor | None:
     if mask is not None and not mask.any() and not partly:
         raise DataError(f"Site '{name}': every cell is masked; there is nothing to fit to.")
     shown = bad if mask is None else bad & mask
+    missing = None
     if shown.any():
-        index = tuple(int(i) for i in shown.nonzero()[0])
-        raise DataError(
-            f"Site '{name}': expected finite data, got {value[index].item()} at index {index}"
-            f" ({int(shown.sum())} such cells). Mask them (poutine.mask, .mask() or obs_mask)."
-        )
+        _check_infinite(name, value, shown & ~value.isnan())
+        missing = _missing(name, base, value, shown, mask, partly)
     filled = None
     if bad.any():
-        value = filled = torch.where(bad, value[~bad].mean() if (~bad).any() else 0.0, value)
+        if missing is None:
+            filler = value[~bad].mean() if (~bad).any() else torch.zeros(())
+        else:
+            filler = missing.filler
+        value = filled = torch.where(bad, filler.to(value), value)
     try:
         ok = base.support.check(value)
     except NotImplementedError:
-        return filled
+        return Checked(filled, missing)
     if mask is not None:
         cell_mask = mask
         for _ in range(mask.dim() - ok.dim()):
@@ -117,7 +132,46 @@ def check_observation(site: Site, partly: bool = False) -> Tensor | None:
             f"Site '{name}': {type(base).__name__} data must lie in {base.support}, got"
             f" {value[index].tolist()} at index {index} ({int((~ok).sum())} such cells)."
         )
-    return filled
+    return Checked(filled, missing)
+
+
+def _check_infinite(name: str, value: Tensor, bad: Tensor) -> None:
+    if bad.any():
+        index = tuple(int(i) for i in bad.nonzero()[0])
+        raise DataError(
+            f"Site '{name}': expected finite data, or NaN for a missing value, got"
+            f" {value[index].item()} at index {index} ({int(bad.sum())} such cells)."
+        )
+
+
+def _missing(
+    name: str, base: Any, value: Tensor, bad: Tensor, mask: Tensor | None, partly: bool
+) -> Missing:
+    """What is missing, with an event that can stand in for it: one that was seen."""
+    events = len(base.event_shape)
+    gone = value.isnan()
+    within = gone.flatten(value.dim() - events) if events else gone.unsqueeze(-1)
+    total = gone.numel() if mask is None else int(mask.expand_as(gone).sum())
+    if bool((gone if mask is None else gone | ~mask).all()) and not partly:
+        raise DataError(f"Site '{name}': every value is missing; there is nothing to fit to.")
+    whole = ~within.any(-1)
+    if isinstance(base, VECTORS):
+        seen = (~gone).reshape((-1, value.shape[-1]))
+        rows = torch.where(seen, value.reshape(seen.shape), 0.0)
+        if bool((~seen).all(0).any()) and not partly:
+            column = int((~seen).all(0).nonzero()[0])
+            raise DataError(f"Site '{name}': every value of column {column} is missing.")
+        filler = rows.sum(0) / seen.sum(0).clamp(min=1)
+    elif bool((~whole & ~within.all(-1)).any()):
+        index = tuple(int(i) for i in (~whole & ~within.all(-1)).nonzero()[0])
+        raise DataError(
+            f"Site '{name}': the {type(base).__name__} at index {index} is missing in part, which"
+            " has no density of its own. Give all of it, or NaN in all its elements."
+        )
+    else:
+        seen = value.reshape((-1, *value.shape[value.dim() - events :]))[whole.reshape(-1)]
+        filler = seen[0] if len(seen) else torch.zeros(value.shape[value.dim() - events :])
+    return Missing(filler, int(bad.sum()), total)
 
 
 def check_assignments_plates(

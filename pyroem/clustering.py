@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from pyro import distributions as dist
 from torch import Tensor
 
-from pyroem._pyro import Enumerated, unwrap
+from pyroem._pyro import Enumerated, Incomplete, unwrap
 from pyroem.problem import Problem
+from pyroem.structure import base_mask
 from pyroem.symmetry import StateGroup
 
 MOST = 4_000_000  # numbers in one matrix of distances
@@ -68,9 +70,32 @@ def _columns(problem: Problem, z: str, name: str) -> Tensor | None:
     value = value.reshape((1,) * (rank - value.dim()) + value.shape)
     at = [rank - event + frames[p] for p in plates]
     sizes = rows_shape(problem, z)
-    moved = value.movedim(at, list(range(len(at))))
-    moved = moved.expand((*sizes, *moved.shape[len(sizes) :]))
-    return moved.reshape(int(torch.Size(sizes).numel()), -1)
+
+    def by_row(x: Tensor) -> Tensor:
+        moved = x.movedim(at, list(range(len(at))))
+        moved = moved.expand((*sizes, *moved.shape[len(sizes) :]))
+        return moved.reshape(int(torch.Size(sizes).numel()), -1)
+
+    rows, seen = by_row(value), _seen(node, base, value)
+    if seen is None:
+        return rows
+    # Where nothing is seen the column's mean stands in.
+    shown = by_row(seen.expand_as(value))
+    mean = torch.where(shown, rows, 0.0).sum(0) / shown.sum(0).clamp(min=1)
+    return torch.where(shown, rows, mean)
+
+
+def _seen(node: Any, base: Any, value: Tensor) -> Tensor | None:
+    """Which cells of an observation are seen, broadcastable to its value; None where all are."""
+    mask = base_mask(node)
+    events = len(base.event_shape) + isinstance(base, dist.Categorical)
+    if mask is not None:
+        mask = mask.reshape(mask.shape + (1,) * events)
+    if isinstance(base, Incomplete):
+        mask = base.seen if mask is None else base.seen & mask
+    if mask is None or mask.dim() > value.dim():  # one that differs by state
+        return None
+    return mask
 
 
 def cluster_means(rows: Tensor, labels: Tensor) -> Tensor:

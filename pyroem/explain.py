@@ -45,6 +45,7 @@ def describe(
         "Assignments: "
         + (", ".join(_shortened([f"{z} ({k} states)" for z, k in states])) or "none")
         + ".",
+        *_on_missing(problem),
         f"Engine: {problem.engine.description}.",
         *_on_loops(structure),
         "",
@@ -78,6 +79,15 @@ def describe(
         ends = ", ".join(f"{r.log_joint:.4f} ({r.status})" for r in restarts)
         lines.append(f"Restarts: {ends}.")
     return "\n".join(lines)
+
+
+def _on_missing(problem: Problem) -> list[str]:
+    sample = " in the sample that was read" if problem.smaller is not None else ""
+    return [
+        f"Missing: {m.cells} of the {m.total} values of '{name}'{sample} (NaN), taken as missing at"
+        " random."
+        for name, m in problem.sample.structure.program.missing.items()
+    ]
 
 
 def _on_loops(structure: Structure) -> list[str]:

@@ -109,7 +109,7 @@ def from_evidence(
 ) -> Params:
     """One M-step with the assignments' probabilities given (uniform where absent)."""
     if isinstance(problem.engine, MixtureEngine) and isinstance(problem.engine.chunks, list):
-        by_kernel = _by_kernel(problem, evidence, importance)
+        by_kernel = _by_kernel(problem, evidence, importance, params)
         if by_kernel is not None:
             return problem.m_step(params, by_kernel, only, effort=QUICK)
     engine = problem.engine
@@ -135,7 +135,9 @@ def from_evidence(
     return problem.m_step(params, expected, only, effort=QUICK)
 
 
-def _by_kernel(problem: Problem, evidence: Evidence, importance: Tensor | None) -> Expected | None:
+def _by_kernel(
+    problem: Problem, evidence: Evidence, importance: Tensor | None, params: Params
+) -> Expected | None:
     """The statistics under the evidence, if it says nothing or all about one assignment."""
     engine = problem.engine
     assert isinstance(engine, MixtureEngine)
@@ -153,7 +155,7 @@ def _by_kernel(problem: Problem, evidence: Evidence, importance: Tensor | None) 
     if importance is not None:
         posteriors = [p * importance.reshape(-1) for p in posteriors]
     with torch.no_grad():
-        return expect_given(engine.mixture, rows, posteriors)
+        return expect_given(engine.mixture, rows, posteriors, params)
 
 
 def placed(problem: Problem, params: Params) -> Params:

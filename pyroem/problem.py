@@ -305,7 +305,7 @@ def _pose_long(
         rows = leading_size((args, kwargs))
         few = args, kwargs
         if rows > SOME_SEQUENCES and rows in sizes:
-            few = take(few, sample_rows(rows, SOME_SEQUENCES), rows)
+            few = take(few, sample_rows(rows, SOME_SEQUENCES, None, few), rows)
         structure = read(model, *few, dtype=dtype, chains=True, some_steps=SOME_STEPS)
         loops = structure.program.loops
         if loops is None or (few[0] is args and len(loops.steps) >= max(loops.lengths) - 1):
@@ -384,7 +384,7 @@ def _pose_large(
     try:
         if weights is not None:
             row_weights = weights_of(weights, rows, dtype)
-        index = sample_rows(rows, size, row_weights)
+        index = sample_rows(rows, size, row_weights, (args, kwargs))
         few = take((args, kwargs), index, rows)
         structure = read(model, *few, dtype=dtype)
         if structure.unit_shape != (len(index),):

@@ -120,7 +120,7 @@ def on_other_sequences(
     """
     old, dtype = structure.program, structure.program.dtype
     data = as_data(args, dtype), as_data(dict(kwargs), dtype)
-    program = replace(old, args=data[0], kwargs=data[1], fill={}, loops=None)
+    program = replace(old, args=data[0], kwargs=data[1], fill={}, missing={}, loops=None)
     assert old.loops is not None
     reader = Brief(2)
     with isolated(dtype, 0):
@@ -137,16 +137,15 @@ def on_other_sequences(
         missing = [n for n in structure.factor_sites if n not in nodes]
         if missing:
             raise ModelError(f"On the new data the program lacks site '{missing[0]}'.")
-        fill = {}
-        for name in structure.observations:
-            filled = check_observation(nodes[name], partly=True)
-            if filled is not None:
-                fill[name] = nodes[name]["value"] = filled
+        program = _observed(program, nodes, structure.observations, lambda name: True)
+        if program.missing:
+            nodes = program.run(params).nodes
+        for name, filled in program.fill.items():
+            nodes[name]["value"] = filled
     sizes = {f.name: int(f.size) for n in structure.factor_sites for f in plate_frames(nodes[n])}
     by_plate = {loops.plate(i).name: n for i, n in enumerate(lengths)}
     chains = tuple(replace(c, length=by_plate[c.steps]) for c in structure.chains)
     unit_shape = tuple(sizes[p] for p in structure.unit)
-    program = replace(program, fill=fill)
     return replace(structure, program=program, chains=chains, unit_shape=unit_shape), nodes
 
 
@@ -172,7 +171,7 @@ def with_own_values(
     structure: Structure, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Structure:
     """The structure, its parameters with the values that the program gives them on all the data."""
-    program = replace(structure.program, args=args, kwargs=kwargs, fill={}, loops=None)
+    program = replace(structure.program, args=args, kwargs=kwargs, fill={}, missing={}, loops=None)
     with isolated(program.dtype, 0):
         nodes = program.run_and_see({}, reader=Brief(2))[0].nodes
     parameters = {}
@@ -231,12 +230,13 @@ def _read(
         and len(site["args"]) > 1
         and isinstance(site["args"][1], torch.nn.Parameter)
     }
-    fill, known = {}, {known_part(n) for n in nodes if n.endswith("_unobserved")}
-    for name in kinds.observations:
-        partly = part or name in known or in_markov(nodes[name])  # a step may be missing
-        filled = check_observation(nodes[name], partly=partly)
-        if filled is not None:
-            fill[name] = filled
+    known = {known_part(n) for n in nodes if n.endswith("_unobserved")}
+    program = _observed(
+        program,
+        nodes,
+        kinds.observations,
+        lambda name: part or name in known or in_markov(nodes[name]),  # a step may be missing
+    )
     steps_seen = [n for n in kinds.observations if in_markov(nodes[n])]
     masks = [base_mask(nodes[n]) for n in steps_seen]
     if masks and not part and all(m is not None and not m.any() for m in masks):
@@ -244,7 +244,7 @@ def _read(
             f"Site '{steps_seen[0]}': every cell is masked, at all steps; there is nothing to fit"
             " to."
         )
-    program = replace(program, modules=modules, fill=fill, cast=cast or cast_again)
+    program = replace(program, modules=modules, cast=cast or cast_again)
     nesting = _nesting(nodes)
     factor_sites = {*kinds.observations, *kinds.assignments}
     with isolated(dtype, 0):
@@ -276,7 +276,7 @@ def _read(
         with isolated(dtype, 0):
             point = {name: _elsewhere(parameter) for name, parameter in parameters.items()}
             run = enumerated(program, point, nesting, frozenset(factor_sites))
-            alone = replace(program, loops=None, fill={})
+            alone = replace(program, loops=None, fill={}, missing={})
             check_steps(alone, loops, program.loops, run, point, parameters, nesting)
     if found:
         members = [chain.plates for chain in found if chain.plates] or [()]
@@ -302,6 +302,19 @@ def _read(
         tuple(sizes[name] for name in unit),
         found,
     )
+
+
+def _observed(
+    program: Program,
+    nodes: Mapping[str, Site],
+    observations: Sequence[str],
+    partly: Callable[[str], bool],
+) -> Program:
+    """The program with its observations checked: what is unfit and masked, and what is missing."""
+    checked = {n: check_observation(nodes[n], partly=partly(n)) for n in observations}
+    fill = {n: c.fill for n, c in checked.items() if c.fill is not None}
+    missing = {n: c.missing for n, c in checked.items() if c.missing is not None}
+    return replace(program, fill=fill, missing=missing)
 
 
 def _elsewhere(parameter: Parameter) -> Tensor:

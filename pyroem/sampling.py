@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+A_FEW = 8  # rows
+
 
 def leading_sizes(data: Any) -> list[int]:
     """The first dim of every tensor in ``data`` (nested arguments)."""
@@ -33,13 +35,34 @@ def take(data: Any, index: Tensor, rows: int) -> Any:
     return tree_map(cut, data)
 
 
-def sample_rows(rows: int, size: int, weights: Tensor | None = None) -> Tensor:
-    """``size`` row numbers drawn without replacement, in order; of rows that weigh something."""
+def sample_rows(rows: int, size: int, weights: Tensor | None = None, data: Any = None) -> Tensor:
+    """``size`` row numbers drawn without replacement, in order; of rows that weigh something.
+
+    Among them are a few for each column of ``data`` in which something is missing.
+    """
     generator = torch.Generator().manual_seed(0)
     if weights is None:
-        return _chosen(rows, size, generator)
-    weighing = (weights.cpu() > 0).nonzero().reshape(-1)
-    return weighing[_chosen(len(weighing), size, generator)]
+        chosen = _chosen(rows, size, generator)
+    else:
+        weighing = (weights.cpu() > 0).nonzero().reshape(-1)
+        chosen = weighing[_chosen(len(weighing), size, generator)]
+    wanted = incomplete_rows(data, rows)
+    if not len(wanted):
+        return chosen
+    rest = chosen[~torch.isin(chosen, wanted)]
+    keep = torch.randperm(len(rest), generator=generator)[: max(0, len(chosen) - len(wanted))]
+    return torch.cat([wanted, rest[keep]]).sort().values
+
+
+def incomplete_rows(data: Any, rows: int) -> Tensor:
+    """Some rows in which something is missing: a few for each column that has such."""
+    found = [torch.arange(0)]
+    for x in tree_leaves(data):
+        if has_rows(x, rows) and x.is_floating_point() and not bool(x.sum().isfinite()):
+            gone = x.isnan().reshape(rows, -1)
+            for column in gone.T[gone.any(0)]:
+                found.append(column.nonzero().reshape(-1)[:A_FEW].cpu())
+    return torch.cat(found).unique()
 
 
 def _chosen(rows: int, size: int, generator: torch.Generator) -> Tensor:

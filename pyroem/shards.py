@@ -151,7 +151,9 @@ class Shard:
         if self.source is not None:
             return self._part_of_blocks(count, everything)
         index = torch.arange(self.rows)
-        self.index = index if everything else sample_rows(self.rows, count, self.weights)
+        if not everything:
+            index = sample_rows(self.rows, count, self.weights, self._row_leaves)
+        self.index = index
         found = [x[self.index.to(x.device)].cpu() for x in self._row_leaves]
         return found, None if self.weights is None else self.weights[self.index]
 
@@ -163,7 +165,7 @@ class Shard:
             _, data, own = sampled(self.source, self.rest, size, self.dtype, self.weights)
             leaves = tree_leaves(data)
         held = leading_size([x for x, r in zip(leaves, self.by_row, strict=True) if r])
-        index = torch.arange(held) if everything else sample_rows(held, count, own)
+        index = torch.arange(held) if everything else sample_rows(held, count, own, leaves)
         found = [x[index] for x, r in zip(leaves, self.by_row, strict=True) if r]
         return found, None if own is None else own[index]
 

@@ -18,7 +18,7 @@ from pyroem.estep.kernel import Rows
 from pyroem.estep.mixture import Mixture
 from pyroem.mstep.plan import Plan
 from pyroem.reading import on_other_sequences
-from pyroem.sampling import leading_size, leading_sizes, sample_rows, take
+from pyroem.sampling import incomplete_rows, leading_size, leading_sizes, sample_rows, take
 from pyroem.structure import Structure
 from pyroem.whole import constant_along_rows, whole_data
 
@@ -174,7 +174,10 @@ def sampled(
     One pass, or none where the blocks can be picked from. Every row is as likely as any other.
     """
     if blocks.pick is not None and blocks.length:
-        index = sample_rows(blocks.length, size, weights)
+        # What is rare is looked for among the first rows only.
+        first = torch.arange(min(size, blocks.length))
+        rare = incomplete_rows(blocks.pick(first), len(first))
+        index = torch.cat([sample_rows(blocks.length, size, weights), rare]).unique()
         own = None if weights is None else weights[index]
         args = block_data(blocks.pick(index), 0, dtype)
         return blocks.length, ((*args, *rest[0]), rest[1]), own

@@ -117,10 +117,12 @@ def whole_data(
     for name in structure.observations:
         if not check and base_mask(nodes[name]) is None:
             continue
-        filled = check_observation(nodes[name], partly=part)
-        if filled is not None:
-            fill[name] = filled
-            nodes[name]["value"] = filled
+        checked = check_observation(nodes[name], partly=part)
+        if checked.missing is not None:
+            return None
+        if checked.fill is not None:
+            fill[name] = checked.fill
+            nodes[name]["value"] = checked.fill
     parameters: dict[str, Parameter] = {}
     for name, parameter in structure.parameters.items():
         value = nodes[name]["value"].detach().clone().to(program.dtype)

@@ -237,7 +237,7 @@ def test_not_a_program() -> None:
 # Data
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("bad", [float("inf"), -float("inf")])
 def test_data_that_is_not_finite(bad: float) -> None:
     x = X.clone()
     x[3] = bad

@@ -6,6 +6,7 @@ It runs a program with given parameter values, enumerates its assignments with P
 """
 
 from pyroem._pyro.contract import Enumerated, Factor, align, enumerated, site_log_prob
+from pyroem._pyro.incomplete import VECTORS, Incomplete, Missing, seen_tril
 from pyroem._pyro.markov import Brief, Jump, Loop, LoopError, Reader, Whole, markov
 from pyroem._pyro.run import (
     Program,
@@ -25,13 +26,16 @@ from pyroem._pyro.vectorised import COUNTED, Loops, arranged
 
 __all__ = [
     "COUNTED",
+    "VECTORS",
     "Brief",
     "Enumerated",
     "Factor",
+    "Incomplete",
     "Jump",
     "Loop",
     "LoopError",
     "Loops",
+    "Missing",
     "Program",
     "Reader",
     "Site",
@@ -47,6 +51,7 @@ __all__ = [
     "isolated",
     "markov",
     "plate_frames",
+    "seen_tril",
     "site_log_prob",
     "step_of",
     "stored_constraints",

@@ -6,7 +6,7 @@ import contextlib
 import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from pyroem._pyro.incomplete import Missing, hide
 from pyroem._pyro.markov import Brief, Reader, current_step, reading, vectorising
 from pyroem._pyro.vectorised import Loops, vectorised_trace
 from pyroem.errors import DataError, ModelError, PyroemError
@@ -169,11 +170,12 @@ class _Substitute(Messenger):
         dtype: torch.dtype,
         enumerate_: bool,
         fill: Mapping[str, Tensor],
+        missing: Mapping[str, Missing],
         observed: bool = True,
     ) -> None:
         super().__init__()
         self.values, self.dtype, self.enumerate = values, dtype, enumerate_
-        self.fill, self.observed = fill, observed
+        self.fill, self.missing, self.observed = fill, missing, observed
         self.first: dict[str, tuple[Any, Any, Tensor | None]] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
@@ -191,7 +193,12 @@ class _Substitute(Messenger):
                 return
             # What is filled in has all steps; they get it when they are together again.
             fill = {} if vectorising() else self.fill
-            value = torch.as_tensor(fill.get(name, msg["value"]))
+            given = torch.as_tensor(msg["value"])
+            value = torch.as_tensor(fill.get(name, given))
+            if name in self.missing:
+                filler = self.missing[name].filler
+                msg["fn"] = hide(msg["fn"], ~given.isnan())
+                value = torch.where(value.isnan(), filler.to(value), value)
             if value.is_floating_point():
                 value = value.to(self.dtype)
             msg["value"] = value
@@ -265,8 +272,9 @@ class Program:
     """A Pyro callable with its data: what a fit runs again and again.
 
     ``modules`` maps the names of module parameters to the ``nn.Parameter`` objects that the
-    program's modules hold; ``fill`` holds observations whose masked NaN cells were replaced;
-    ``loops``, if there are any, are run for all their steps at once.
+    program's modules hold; ``fill`` holds observations whose masked NaN cells were replaced,
+    ``missing`` those of which some cells are missing; ``loops``, if there are any, are run for all
+    their steps at once.
     """
 
     model: Callable[..., Any]
@@ -277,6 +285,7 @@ class Program:
     fill: Mapping[str, Tensor]
     cast: bool = True
     loops: Loops | None = None
+    missing: Mapping[str, Missing] = field(default_factory=dict)
 
     def run(
         self,
@@ -321,7 +330,8 @@ class Program:
     def _execute(
         self, values: Values, nesting: int | None, observed: bool, reader: Reader | None
     ) -> tuple[Trace, bool]:
-        substitute = _Substitute(values, self.dtype, nesting is not None, self.fill, observed)
+        enumerate_ = nesting is not None
+        substitute = _Substitute(values, self.dtype, enumerate_, self.fill, self.missing, observed)
         replace = {id(p): values[n] for n, p in self.modules.items() if n in values}
         with contextlib.ExitStack() as stack:
             stack.enter_context(reading(reader))

@@ -22,6 +22,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions.constraints import is_dependent
 
+from pyroem._pyro.incomplete import Incomplete
 from pyroem._pyro.markov import LoopError, Vectorised
 
 COUNTED = "_pyroem_counted"  # whether the program computed with the number of the step
@@ -199,6 +200,12 @@ def _apart(fn: Any, outer: int, name: str) -> _Apart:
             return base.expand(torch.broadcast_shapes(base.batch_shape, fn.batch_shape))
 
         return _Apart(inner.leaves, expanded)
+    if isinstance(fn, Incomplete):
+        inner = _apart(fn.base_dist, outer, name)
+        return _Apart(
+            [*inner.leaves, (fn.seen, outer + 1)],
+            lambda given: Incomplete(inner.again(given[:-1]), given[-1]),
+        )
     if isinstance(fn, torch.distributions.MixtureSameFamily):
         first = _apart(fn.mixture_distribution, outer, name)
         second, count = _apart(fn.component_distribution, outer + 1, name), len(first.leaves)

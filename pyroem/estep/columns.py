@@ -61,7 +61,7 @@ class Columns:
         self.mask = None if mask is None else self._rows_last(mask, 0)
         self.source = self._rows_last(value, events)
         self.centre = None if site.centre is None else self._rows_last(site.centre, events)
-        lazy = layout.plain(base, value)
+        lazy = self.family.partial is not None or layout.plain(base, value)
         self.kept: list[Tensor] | None = None
         self.measured: Tensor | None = None
         if not lazy:

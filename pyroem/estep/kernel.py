@@ -15,6 +15,7 @@ from pyroem._pyro import unwrap
 from pyroem.estep.columns import Columns, Scratch
 from pyroem.estep.layout import Layout, finite
 from pyroem.estep.mixture import Group, Mixture
+from pyroem.estep.partial import PartialSums, Patterns
 from pyroem.mstep.runs import Expected, Run
 from pyroem.mstep.sites import pad
 from pyroem.statistics import SiteStatistics
@@ -56,6 +57,13 @@ class Rows:
             if index is not None:
                 column.take(index)
             self.columns[layout.site.name] = column
+        self.patterns: Patterns | None = None
+        if mixture.partial:
+            rows = max(c.num_rows for c in self.columns.values())
+            self.patterns = Patterns(mixture.partial, nodes, rows)
+            for column in self.columns.values():
+                column.take(self.patterns.order)
+            weights = None if weights is None else weights.reshape(-1)[self.patterns.order]
         masks = [c.mask for c in self.columns.values() if c.mask is not None]
         if unmasked is not None and masks and all(bool(mask.all()) for mask in masks):
             self.mixture = mixture = unmasked
@@ -75,6 +83,20 @@ class Rows:
                 [[torch.cat(self._made(b, 0, self.num_rows))] for _, b in g.observed]
                 for g in mixture.groups
             ]
+
+    def restored(self, by_row: Tensor) -> Tensor:
+        """What was found row by row, in the order of the data."""
+        return by_row if self.patterns is None else by_row[self.patterns.back]
+
+    def partial(self, params: Params) -> list[list[PartialSums]]:
+        """For each group the sums over rows of which elements are missing, at some parameters."""
+        if self.patterns is None:
+            return [[] for _ in self.mixture.groups]
+        run, patterns = Run(self.mixture.plan, params), self.patterns
+        return [
+            [PartialSums(x, self.columns[x.site.name], patterns, run) for x in group.partial]
+            for group in self.mixture.groups
+        ]
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """The rows of each block."""
@@ -226,17 +248,18 @@ def expect(mixture: Mixture, chunks: Iterable[Rows], params: Params) -> Expected
     totals = [Totals() for _ in mixture.groups]
     likelihoods: list[Tensor] = []
     measured = 0.0
+    statistics: dict[str, SiteStatistics] = {}
     for rows in chunks:
-        stacked = rows.cached is not None
+        stacked, partial = rows.cached is not None, rows.partial(params)
         if stacked not in found:
             found[stacked] = coefficients(mixture, params, stacked).to(rows.device)
-        likelihoods += _add(mixture, rows, found[stacked], totals)
+        likelihoods += _add(mixture, rows, found[stacked], totals, partial)
         measured += rows.measure
+        _add_partial(statistics, partial, rows.dtype)
     likelihood = torch.zeros(()) if not likelihoods else likelihoods[0]
     if len(likelihoods) > 1:
         likelihood = torch.stack(likelihoods).sum(0)
     value = home(likelihood, totals) + measured
-    statistics: dict[str, SiteStatistics] = {}
     for group, total in zip(mixture.groups, totals, strict=True):
         statistics.update(total.statistics(group, mixture.plan.structure.program.dtype))
     run = Run(mixture.plan, params)
@@ -249,8 +272,25 @@ def expect(mixture: Mixture, chunks: Iterable[Rows], params: Params) -> Expected
     return Expected(torch.where(value < IMPOSSIBLE, -torch.inf, value), statistics, {})
 
 
-def _add(mixture: Mixture, rows: Rows, found: Coefficients, totals: list[Totals]) -> list[Tensor]:
-    """Add the statistics of all blocks to ``totals``; returns the log-likelihood of each."""
+def _add_partial(
+    statistics: dict[str, SiteStatistics], partial: list[list[PartialSums]], dtype: torch.dtype
+) -> None:
+    for sums in (s for parts in partial for s in parts):
+        name, own = sums.layout.site.name, sums.statistics(dtype)
+        statistics[name] = statistics[name] + own if name in statistics else own
+
+
+def _add(
+    mixture: Mixture,
+    rows: Rows,
+    found: Coefficients,
+    totals: list[Totals],
+    partial: list[list[PartialSums]],
+) -> list[Tensor]:
+    """Add the statistics of all blocks to ``totals`` and ``partial``.
+
+    Returns the log-likelihood of each block.
+    """
     likelihoods, scratch = [], Scratch()
     for start, stop in rows.blocks():
         weights = None if rows.weights is None else rows.weights[start:stop]
@@ -258,30 +298,63 @@ def _add(mixture: Mixture, rows: Rows, found: Coefficients, totals: list[Totals]
             phi, base = rows.phi(g, start, stop, scratch), found.base[g]
             out = scratch.empty(g, (len(base), stop - start), base)
             joint = log_joint_states(group, base, found.natural[g], phi, stop - start, out)
+            vectors = _join(group, joint, partial[g], start, stop, scratch)
             copies = (
                 joint if mixture.copies is None else joint.view(mixture.copies, -1, stop - start)
             )
             by_row = normalise(copies, weights)
             likelihoods.append(_sum(by_row, weights))
             totals[g].add(group, joint, phi)
+            for sums, own in zip(partial[g], vectors, strict=True):
+                sums.add(group.marginal(joint, sums.layout.axes), own, start, stop)
     return likelihoods
 
 
-def expect_given(mixture: Mixture, rows: Rows, posteriors: Sequence[Tensor]) -> Expected:
+def _join(
+    group: Group,
+    joint: Tensor,
+    partial: list[PartialSums],
+    start: int,
+    stop: int,
+    scratch: Scratch,
+) -> list[Tensor]:
+    """Add what rows with missing elements show to ``L`` of a block; returns their statistics."""
+    vectors = []
+    for sums in partial:
+        phi = sums.block(start, stop, scratch)
+        own = group.spread(sums.log_probabilities(phi, start, stop), sums.layout.axes)
+        joint.view((*group.sizes, -1)).add_(own)
+        vectors.append(phi)
+    return vectors
+
+
+def expect_given(
+    mixture: Mixture, rows: Rows, posteriors: Sequence[Tensor], params: Params | None = None
+) -> Expected:
     """The statistics under given posteriors: for each group the joint states by rows.
 
-    A posterior of one column holds for every row. Row weights come on top.
+    A posterior of one column holds for every row. Row weights come on top. What is missing of a
+    row is expected at ``params``.
     """
+    partial = rows.partial(params or mixture.plan.reading.points[0])
     statistics: dict[str, SiteStatistics] = {s.name: own for s, own, _ in mixture.outside}
     for g, (group, given) in enumerate(zip(mixture.groups, posteriors, strict=True)):
         total, scratch = Totals(), Scratch()
         for start, stop in rows.blocks():
             phi = rows.phi(g, start, stop, scratch)
-            own = given[:, start:stop] if given.shape[1] > 1 else given.expand(-1, stop - start)
+            own = given.expand(-1, stop - start)
+            if given.shape[1] > 1:
+                own = given[:, start:stop]
+                if rows.patterns is not None:
+                    own = given[:, rows.patterns.order[start:stop]]
             own = own if rows.weights is None else own * rows.weights[start:stop]
             total.add(group, own.to(rows.device), phi)
+            for sums in partial[g]:
+                vectors = sums.block(start, stop, scratch)
+                sums.add(group.marginal(own, sums.layout.axes), vectors, start, stop)
         home(torch.zeros((), device=rows.device), [total])
         statistics.update(total.statistics(group, rows.dtype))
+    _add_partial(statistics, partial, rows.dtype)
     if mixture.scale != 1.0:
         statistics = {name: s.scaled(mixture.scale) for name, s in statistics.items()}
     return Expected(torch.zeros((), dtype=rows.dtype), statistics, {})
@@ -369,13 +442,14 @@ def posteriors(
     log-likelihoods and their weights.
     """
     found = coefficients(mixture, params, rows.cached is not None).to(rows.device)
-    scratch = Scratch()
+    scratch, partial = Scratch(), rows.partial(params)
     for start, stop in rows.blocks():
         by_row = rows.measure_of(start, stop)
         joints = []
         for g, group in enumerate(mixture.groups):
             phi = rows.phi(g, start, stop, scratch)
             joint = log_joint_states(group, found.base[g], found.natural[g], phi, stop - start)
+            _join(group, joint, partial[g], start, stop, scratch)
             by_row = by_row + normalise(joint, None)
             joints.append(joint)
         weights = None if rows.weights is None else rows.weights[start:stop]
@@ -387,10 +461,13 @@ def marginals(mixture: Mixture, chunks: Iterable[Rows], params: Params) -> dict[
     none = {z: n for group in mixture.groups for z, n in zip(group.names, group.sizes, strict=True)}
     parts = {z: [torch.zeros((0, n))] for z, n in none.items()}
     for rows in chunks:
+        own: dict[str, list[Tensor]] = {z: [] for z in parts}
         for joints, _, _ in posteriors(mixture, rows, params):
             for group, joint in zip(mixture.groups, joints, strict=True):
                 for axis, z in enumerate(group.names):
-                    parts[z].append(group.marginal(joint, (axis,)).T.cpu())
+                    own[z].append(group.marginal(joint, (axis,)).T.cpu())
+        for z, blocks in own.items():
+            parts[z].append(rows.restored(torch.cat(blocks)))
     return {z: torch.cat(found) for z, found in parts.items()}
 
 
@@ -399,18 +476,24 @@ def best_states(mixture: Mixture, chunks: Iterable[Rows], params: Params) -> dic
     none = torch.zeros(0, dtype=torch.int64)
     parts = {z: [none] for group in mixture.groups for z in group.names}
     for rows in chunks:
+        own: dict[str, list[Tensor]] = {z: [] for z in parts}
         for joints, _, _ in posteriors(mixture, rows, params):
             for group, joint in zip(mixture.groups, joints, strict=True):
                 best = torch.unravel_index(joint.argmax(0), group.sizes) if group.sizes else ()
                 for z, states in zip(group.names, best, strict=True):
-                    parts[z].append(states.cpu())
+                    own[z].append(states.cpu())
+        for z, blocks in own.items():
+            parts[z].append(rows.restored(torch.cat(blocks)))
     return {z: torch.cat(found) for z, found in parts.items()}
 
 
 def row_log_likelihoods(mixture: Mixture, chunks: Iterable[Rows], params: Params) -> Tensor:
     """The log-likelihood of each row."""
-    parts = (by_row for rows in chunks for _, by_row, _ in posteriors(mixture, rows, params))
-    return torch.cat([torch.zeros(0), *(by_row.cpu() for by_row in parts)])
+    parts = [torch.zeros(0)]
+    for rows in chunks:
+        blocks = [by_row.cpu() for _, by_row, _ in posteriors(mixture, rows, params)]
+        parts.append(rows.restored(torch.cat(blocks)))
+    return torch.cat(parts)
 
 
 def entropy(mixture: Mixture, chunks: Iterable[Rows], params: Params) -> Tensor:

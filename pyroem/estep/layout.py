@@ -157,6 +157,10 @@ class Layout:
         order = (*self._order, *range(self.rank, x.dim()))
         return x.permute(order).reshape(self.num_states, -1)
 
+    def by_state(self, x: Tensor, events: int) -> Tensor:
+        """An argument, one for each state; the site must have no feature cells."""
+        return self._matrix(x, events).reshape((self.num_states, *x.shape[x.dim() - events :]))
+
     def statistics(self, weight: Tensor, sums: list[Tensor]) -> SiteStatistics:
         """From matrices (features by states) to the layout that the M-step knows.
 
@@ -166,7 +170,7 @@ class Layout:
         for total, dims, packed in zip(sums, self.site.family.event_dims, self.packed, strict=True):
             if packed:
                 total = total.reshape(self.num_features, -1, self.num_states)
-                total = total[:, _lower_index(total.shape[1], total.device)]
+                total = total[:, lower_index(total.shape[1], total.device)]
             values.append(self._unfold(total, self._events(total, dims)))
         if weight.shape[0] == 1:
             return SiteStatistics(self._unfold(weight, (), features=False), tuple(values))
@@ -208,7 +212,7 @@ def _size(sizes: Any) -> int:
     return int(torch.Size(sizes).numel())
 
 
-def _lower_index(count: int, device: torch.device) -> Tensor:
+def lower_index(count: int, device: torch.device) -> Tensor:
     """For each element of a symmetric matrix its place in the lower triangle, row by row."""
     side = round(((8 * count + 1) ** 0.5 - 1) / 2)
     row, column = torch.arange(side, device=device)[:, None], torch.arange(side, device=device)

@@ -92,7 +92,8 @@ class Group:
     """Assignments that share a site, with the sites that depend on them.
 
     ``assigned`` are the assignments' own sites; ``observed`` the observations by the axes (places
-    in ``names``) of the assignments that they vary with. ``copies`` of the group stand side by side
+    in ``names``) of the assignments that they vary with, ``partial`` those of which elements are
+    missing. ``copies`` of the group stand side by side
     where several fits run as one: their axis comes first, and is not summed over.
     """
 
@@ -101,6 +102,7 @@ class Group:
     assigned: tuple[Assigned, ...]
     observed: tuple[tuple[tuple[int, ...], tuple[Layout, ...]], ...]
     copies: int = 1
+    partial: tuple[Layout, ...] = ()
 
     @cached_property
     def num_states(self) -> int:
@@ -112,6 +114,7 @@ class Group:
         """A number for each joint state, not yet filled in."""
         sites = [a.site for a in self.assigned]
         sites += [layout.site for _, layouts in self.observed for layout in layouts]
+        sites += [layout.site for layout in self.partial]
         dtype = sites[0].dtype if sites else torch.float64
         return torch.zeros((1,) * len(self.sizes), dtype=dtype)
 
@@ -153,6 +156,12 @@ class Mixture:
         for group in self.groups:
             for _, layouts in group.observed:
                 yield from layouts
+            yield from group.partial
+
+    @property
+    def partial(self) -> list[Layout]:
+        """The observations of which elements are missing."""
+        return [layout for group in self.groups for layout in group.partial]
 
 
 def mixture_of(structure: Structure, plan: Plan) -> Mixture | str:
@@ -189,7 +198,10 @@ def mixture_of(structure: Structure, plan: Plan) -> Mixture | str:
         own = {n: v for n, v in parents.items() if set(v.values()) & names or not (v or names)}
         assigned = tuple(assigned_of(structure, plan, z, ordered) for z in ordered)
         seen = [n for n in own if n not in structure.assignments]
-        groups.append(Group(ordered, sizes, assigned, observed_of(structure, plan, seen, ordered)))
+        partial = [n for n in seen if reading.sites[n].family.partial is not None]
+        whole = observed_of(structure, plan, [n for n in seen if n not in partial], ordered)
+        layouts = tuple(_layout(structure, plan, n, ordered) for n in partial)
+        groups.append(Group(ordered, sizes, assigned, whole, partial=layouts))
     return Mixture(plan, tuple(groups), tuple(outside), float(trace.scale))
 
 
@@ -198,13 +210,22 @@ def no_product(structure: Structure, plan: Plan, name: str) -> str:
     site, node = plan.reading.sites.get(name), plan.reading.traces[0].trace.nodes[name]
     if site is None:
         return f"no exponential family is known for site '{name}'"
-    if site.family.latent is not None:
+    latent = site.family.latent is not None
+    if latent and (site.family.partial is None or structure.chains):
         return f"the statistics of site '{name}' depend on its parameters"
     if site.family.by_row:
         return f"the statistics of site '{name}' are the rows themselves"
     if site.along_rows:
         return f"an argument of site '{name}' varies along the rows"
     enumerated = _enumerated_dims(site, structure, plan)
+    if site.family.partial is not None:
+        inner = [d for d in range(len(site.shape)) if d not in enumerated]
+        if (
+            any(site.shape[d] > 1 for d in inner if d not in site.unit_dims)
+            or site.mask is not None
+        ):
+            return f"elements of the vectors of site '{name}' are missing, inside a row"
+        return ""
     if name in structure.assignments:
         if any(not _same_along(t, d) for t in site.sufficient for d in site.unit_dims):
             return f"the states of assignment '{name}' differ by row"

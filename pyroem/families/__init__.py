@@ -9,7 +9,7 @@ from pyro.distributions import ZeroInflatedDistribution
 from torch import Tensor
 from torch.distributions import TransformedDistribution
 
-from pyroem._pyro import unwrap
+from pyroem._pyro import Incomplete, unwrap
 from pyroem.families import forms, further, generic, latent, standard
 from pyroem.families.family import (
     Arguments,
@@ -22,6 +22,7 @@ from pyroem.families.family import (
     register_family,
     registered,
 )
+from pyroem.families.incomplete import incomplete
 
 
 def family_of(distribution: Any) -> Family | None:
@@ -30,6 +31,9 @@ def family_of(distribution: Any) -> Family | None:
     A distribution that transforms another one, element by element, is that one's family in the
     transformed data; one with extra zeros has that of the distribution inside.
     """
+    if isinstance(distribution, Incomplete):
+        inner_family = family_of(distribution.base_dist)
+        return None if inner_family is None else incomplete(inner_family)
     found = registered(type(distribution))
     transforms = isinstance(distribution, TransformedDistribution)
     if found is not None or not (transforms or isinstance(distribution, ZeroInflatedDistribution)):

@@ -63,6 +63,27 @@ class Coordinate:
 
 
 @dataclass(frozen=True)
+class Partial:
+    """How rows that show a part of their elements only are summed up, pattern by pattern.
+
+    Attributes:
+    ----------
+    seen
+        ``distribution -> (..., D)``: which elements each row shows.
+    natural
+        ``(arguments of states, patterns [P, D]) -> (eta, A)`` of what is seen, over states by
+        patterns; ``eta`` is zero for statistics of what is not.
+    complete
+        ``(arguments, patterns, statistics, weight) -> statistics`` of complete rows, summed over
+        the patterns; expected ones at these arguments.
+    """
+
+    seen: Callable[[Any], Tensor]
+    natural: Callable[[Arguments, Tensor], tuple[Statistics, Tensor]]
+    complete: Callable[[Arguments, Tensor, Statistics, Tensor], Statistics]
+
+
+@dataclass(frozen=True)
 class Family:
     """An exponential family.
 
@@ -106,6 +127,8 @@ class Family:
         a latent variable.
     by_row
         There are no statistics but ``x`` of every row; ``log_density`` gets ``weight`` times it.
+    partial
+        Of a family with a latent variable, that is what of a row is missing: see :class:`Partial`.
     packed
         ``(distribution, x, empty) -> statistics`` with a symmetric matrix as the elements of its
         lower triangle, row by row: half the work. ``empty(shape)`` gives memory for a result.
@@ -126,6 +149,7 @@ class Family:
     latent: Callable[[Any, Arguments, Tensor], Statistics] | None = None
     given: Callable[[Any, Tensor], Statistics] | None = None
     by_row: bool = False
+    partial: Partial | None = None
     packed: Callable[[Any, Tensor, Callable[[Sequence[int]], Tensor]], Statistics] | None = None
 
     def dims(self, argument: str) -> int:

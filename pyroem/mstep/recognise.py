@@ -193,6 +193,8 @@ def _moments(site: SiteModel) -> tuple[Tensor, Tensor, Tensor]:
     mask = torch.ones_like(x)
     if site.mask is not None:
         mask = mask * site.mask.reshape(site.mask.shape + (1,) * len(base.event_shape))
+    if site.family.partial is not None:
+        mask = mask * site.family.partial.seen(base)
     count = mask.sum(reduce, keepdim=True)
     mean = (x * mask).sum(reduce, keepdim=True) / count.clamp(min=1)
     spread = ((x - mean) ** 2 * mask).sum(reduce, keepdim=True)
