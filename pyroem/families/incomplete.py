@@ -76,7 +76,10 @@ def _regression(scatter: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
     """``G`` with ``E[x | x_o] = mu + G (x - mu)``, whose columns of missing elements are zero, and
     the covariance of ``x`` given ``x_o``.
     """
-    inverse, _ = _inverse(scatter, seen)
+    return _from_inverse(scatter, seen, _inverse(scatter, seen)[0])
+
+
+def _from_inverse(scatter: Tensor, seen: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
     one = torch.eye(seen.shape[-1], dtype=scatter.dtype, device=scatter.device)
     product = scatter @ inverse
     gain = torch.where(seen.unsqueeze(-1), one, product)
@@ -125,12 +128,15 @@ def natural(args: Arguments, seen: Tensor) -> tuple[Statistics, Tensor]:
     return (first, -0.5 * inverse), normaliser
 
 
-def complete(args: Arguments, seen: Tensor, s: Statistics, w: Tensor) -> Statistics:
+def complete(
+    args: Arguments, seen: Tensor, eta: Statistics, s: Statistics, w: Tensor
+) -> Statistics:
     """Expected statistics of complete rows from those of rows with the patterns ``seen``.
 
-    ``s`` and ``w`` have the states, then the patterns; the result is the sum over these.
+    ``eta`` are the natural parameters. ``s`` and ``w`` have the states, then the patterns; the
+    result is the sum over these.
     """
-    gain, rest = _regression(_scatter(args).unsqueeze(-3), seen)
+    gain, rest = _from_inverse(_scatter(args).unsqueeze(-3), seen, -2 * eta[1])
     loc = args["loc"].unsqueeze(-2)
     shift = loc - (gain @ loc.unsqueeze(-1)).squeeze(-1)
     moved = (gain @ s[0].unsqueeze(-1)).squeeze(-1)
