@@ -78,6 +78,6 @@ def assignment(
         low, high = int(labels.min()), int(labels.max())
         raise ValueError(f"Expected labels in -1, ..., {K - 1}; got {low} to {high}.")
     table = x.new_full((K, K), IMPOSSIBLE).fill_diagonal_(0.0)
-    shown = (labels.unsqueeze(-1) == torch.arange(K, device=labels.device)).to(x.dtype)
+    shown = (labels.unsqueeze(-1) == torch.arange(K, device=labels.device)).to(x)
     pyro.sample("label", dist.Multinomial(1, logits=table[z]), obs=shown)
     return z

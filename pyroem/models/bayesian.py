@@ -49,6 +49,8 @@ def bayesian_gaussian_mixture(
         raise ValueError(f"Expected shrinkage > 0; got {shrinkage}.")
     if not degrees > D - 1:
         raise ValueError(f"Expected degrees > {D - 1} for {D} columns; got {degrees}.")
+    if int(torch.linalg.cholesky_ex(prior.covariance).info):
+        raise ValueError("Expected a prior with a positive definite covariance; it is singular.")
     scale = prior.covariance / components ** (2 / D)
     return partial(
         _program,

@@ -36,10 +36,10 @@ def gaussian_mixture_with_noise(
     data, see :func:`box_volume`. The noise is written as a Gaussian so wide that its density is one
     number on the data, times the constant that makes it ``1 / volume``: the density of the site
     ``level``, which always shows zero. So the noise stands in the same site as the other components
-    (a site of its own needs masks that differ by component). Rows sampled from the noise come from
-    the wide Gaussian. Labels (see :func:`pyroem.models.assignments.assignment`) call the noise K.
-    Raises ``ValueError`` on a setting or shape outside of these. See Banfield and Raftery (1993),
-    Biometrics 49.
+    (a site of its own needs masks that differ by component). It has no use as a simulator: rows
+    sampled from the noise come from the wide Gaussian. Labels, for which see
+    :func:`pyroem.models.assignments.assignment`, call the noise K. Raises ``ValueError`` on a
+    setting or shape outside of these. See Banfield and Raftery (1993), Biometrics 49.
     """
     check_count("components", components)
     check_choice("covariance", covariance, COVARIANCES)
