@@ -15,7 +15,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyroem import EM, MAP, DataError, Fit, blocks
+from pyroem import EM, MAP, DataError, Fit, ModelError, SettingError, blocks
 from pyroem.models.gaussian import gaussian_mixture
 from pyroem.problem import pose
 
@@ -446,3 +446,111 @@ def test_the_rows_of_a_sample_count_what_is_missing() -> None:
     x = with_holes(three_groups(40, 2))
     missing = (pose(gaussian_mixture(2), (x,), {}).structure.program.missing or {})["x"]
     assert missing.cells == int(x.isnan().sum()) and missing.total == 80
+
+
+# ---------------------------------------------------------------------------------------
+# Imputation
+
+
+def by_hand(x: Tensor, params: dict[str, Tensor]) -> Tensor:
+    """Conditional means of a mixture of normals, row by row."""
+    filled = x.clone()
+    for n, row in enumerate(x):
+        o, m = (~row.isnan()).nonzero().reshape(-1), row.isnan().nonzero().reshape(-1)
+        logs, means = [], []
+        for w, loc, cov in zip(params["weights"], params["loc"], params["covariance"], strict=True):
+            part = dist.MultivariateNormal(loc[o], cov[o][:, o])
+            logs.append(w.log() + (part.log_prob(row[o]) if len(o) else 0.0))
+            gain = cov[m][:, o] @ torch.linalg.inv(cov[o][:, o])
+            means.append(loc[m] + gain @ (row[o] - loc[o]))
+        filled[n, m] = torch.stack(logs).softmax(0) @ torch.stack(means)
+    return filled
+
+
+def test_imputed_means_are_those_by_hand() -> None:
+    x = with_holes(three_groups(60, 3), 0.3)
+    x[7] = NAN
+    fit = EM(max_iter=20).fit(gaussian_mixture(2), x)
+    torch.testing.assert_close(fit.impute(), by_hand(x, fit.params), rtol=1e-9, atol=1e-9)
+    new = with_holes(three_groups(15, 3, seed=5), 0.3)
+    torch.testing.assert_close(fit.impute(new), by_hand(new, fit.params), rtol=1e-9, atol=1e-9)
+    assert fit.impute(new).shape == new.shape
+
+
+def test_draws_have_the_conditional_mean_and_spread() -> None:
+    x = with_holes(three_groups(30, 3), 0.3)
+    fit = EM(max_iter=20).fit(gaussian_mixture(1), x)
+    drawn = fit.impute(draws=1000, seed=1)
+    gone = x.isnan()
+    assert drawn.shape == (1000, 30, 3)
+    assert torch.equal(drawn[17][~gone], x[~gone])
+    mean, cov = fit.impute(), fit.params["covariance"][0]
+    errors = (drawn.mean(0) - mean)[gone] / (cov.diagonal().sqrt().expand(30, 3)[gone] / 1000**0.5)
+    assert float(errors.abs().max()) < 5
+    for row in range(30):
+        o, m = (~gone[row]).nonzero().reshape(-1), gone[row].nonzero().reshape(-1)
+        if not len(m):
+            continue
+        rest = cov[m][:, m] - cov[m][:, o] @ torch.linalg.inv(cov[o][:, o]) @ cov[o][:, m]
+        found = drawn[:, row][:, m].var(0)
+        torch.testing.assert_close(found, rest.diagonal(), rtol=0.3, atol=0)
+    again = fit.impute(draws=3, seed=1)
+    assert torch.equal(again, fit.impute(draws=3, seed=1))
+
+
+def test_draws_come_from_one_component_each() -> None:
+    """Two columns that are far apart in pairs: draws never mix the groups."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.arange(200) % 2
+    x = (20.0 * z.unsqueeze(1) + torch.randn(200, 3, generator=generator)).double()
+    x[:50, :2] = NAN
+    fit = EM().fit(gaussian_mixture(2, "diagonal"), x)
+    x[0] = NAN
+    drawn = fit.impute(x, draws=200)[:, 0]
+    low = drawn < 10
+    assert (low.all(1) | (~low).all(1)).all()
+    assert 60 < int(low[:, 0].sum()) < 140
+
+
+def test_imputation_of_several_kinds() -> None:
+    x = with_holes(counts(80) % 3, 0.2)
+    fit = EM(max_iter=20).fit(lambda x: categories(plain, x), x)
+    filled = fit.impute()
+    probs, r = fit.params["probs"], fit.responsibilities()
+    for j in range(3):
+        gone = x[:, j].isnan()
+        best = (r @ probs[:, j]).argmax(1)
+        assert torch.equal(filled[f"x_{j}"][gone], best[gone].double())
+        assert torch.equal(filled[f"x_{j}"][~gone], x[:, j][~gone])
+    drawn = fit.impute(draws=5)["x_0"]
+    assert drawn.shape == (5, 80) and set(drawn.unique().tolist()) <= {0.0, 1.0, 2.0}
+    y = with_holes(counts(80))
+    rates = EM(max_iter=20).fit(lambda x: poissons(plain, x), y)
+    expected = rates.responsibilities() @ rates.params["rate"]
+    gone = y.isnan()
+    torch.testing.assert_close(rates.impute()[gone], expected[gone])
+
+
+def test_imputation_in_sequences() -> None:
+    x = with_holes(three_groups(4 * 30, 2).reshape(4, 30, 2))
+    x[:, 0] = torch.where(x[:, 0].isnan(), 0.3, x[:, 0])
+    fit = EM(max_iter=20).fit(chain, x)
+    filled = fit.impute()
+    assert filled.shape == x.shape
+    assert torch.equal(filled[~x.isnan()], x[~x.isnan()])
+    r, loc, cov = fit.responsibilities(), fit.params["loc"], fit.params["cov"]
+    for s, t in (x.isnan().sum(-1) == 1).nonzero().tolist()[:10]:
+        m = int(x[s, t].isnan().nonzero())
+        o = 1 - m
+        means = loc[:, m] + cov[:, m, o] / cov[:, o, o] * (x[s, t, o] - loc[:, o])
+        assert float(filled[s, t, m]) == pytest.approx(float(r[s, t] @ means))
+    with pytest.raises(ModelError, match="no draws for a chain"):
+        fit.impute(draws=2)
+
+
+def test_nothing_to_impute() -> None:
+    fit = EM(max_iter=2).fit(gaussian_mixture(2), three_groups(50, 2))
+    with pytest.raises(ModelError, match="no value is missing"):
+        fit.impute()
+    with pytest.raises(SettingError, match="draws must be a positive integer"):
+        fit.impute(draws=0)
