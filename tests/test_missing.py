@@ -98,7 +98,7 @@ def test_one_iteration_is_that_of_the_textbook() -> None:
 
 @pytest.mark.parametrize("covariance", ["full", "tied", "diagonal", "spherical", "VEV", "EVI"])
 def test_em_and_map_meet(covariance: str) -> None:
-    x = with_holes(three_groups(150, 2))
+    x = with_holes(three_groups(80, 2))
     em = EM(tol=1e-11).fit(gaussian_mixture(2, covariance), x)
     gradient = MAP().fit(gaussian_mixture(2, covariance), x, init=em.params)
     assert em.converged
@@ -276,8 +276,8 @@ def students(x: Tensor) -> None:
 
 def test_students_t_with_missing_elements() -> None:
     """The margin of some elements is a Student's t with the same degrees of freedom."""
-    x = with_holes(three_groups(150, 3))
-    fit = EM(max_iter=30).fit(students, x)
+    x = with_holes(three_groups(60, 3))
+    fit = EM(max_iter=15).fit(students, x, init="kmeans")
     history = [record.log_joint for record in fit.history]
     assert all(b >= a - 1e-9 * abs(a) for a, b in pairwise(history))
     total = torch.zeros(()).double()
@@ -293,10 +293,6 @@ def test_students_t_with_missing_elements() -> None:
             parts.append(fit.params["weights"][k].log() + part.log_prob(row[o]))
         total = total + torch.logsumexp(torch.stack(parts), 0)
     assert fit.log_likelihood == pytest.approx(float(total), abs=1e-8)
-    # Where nothing but the tails matters, MAP climbs no higher from there.
-    long = EM(tol=1e-12, max_iter=3000, accelerate="anderson").fit(students, x, init=fit)
-    gradient = MAP().fit(students, x, init=long.params)
-    assert gradient.log_joint == pytest.approx(long.log_joint, abs=1e-4)
 
 
 def factor_analysers(x: Tensor) -> None:
@@ -310,11 +306,23 @@ def factor_analysers(x: Tensor) -> None:
 
 
 def test_factor_analysers_with_missing_elements() -> None:
-    x = with_holes(three_groups(150, 4))
-    fit = EM(max_iter=200).fit(factor_analysers, x)
-    gradient = MAP().fit(factor_analysers, x, init=fit.params)
-    assert gradient.log_joint == pytest.approx(fit.log_joint, abs=1e-2)
-    assert gradient.log_joint >= fit.log_joint - 1e-9
+    x = with_holes(three_groups(60, 4))
+    fit = EM(max_iter=5).fit(factor_analysers, x, init="kmeans")
+    history = [record.log_joint for record in fit.history]
+    assert all(b >= a - 1e-9 * abs(a) for a, b in pairwise(history))
+    factor = fit.params["factor"]
+    cov = factor @ factor.mT + torch.diag(fit.params["noise"])
+    total = torch.stack(
+        [
+            fit.params["weights"][k].log()
+            + torch.tensor(
+                [observed_log_likelihood(row[None], fit.params["loc"][k], cov[k]) for row in x],
+                dtype=torch.float64,
+            )
+            for k in range(2)
+        ]
+    )
+    assert fit.log_likelihood == pytest.approx(float(total.logsumexp(0).sum()), abs=1e-8)
 
 
 def chain(x: Tensor) -> None:
