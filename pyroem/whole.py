@@ -122,7 +122,8 @@ def whole_data(
         if checked.missing is not None:
             raise DataError(
                 f"missing values at site '{name}', of which the sample had none that the program"
-                " was read on. Leave the rows out, or have such a row among the first ones."
+                " was read on. Leave the rows out, ask about them in memory, or have such a row"
+                " among the first ones of the fit."
             )
         if checked.fill is not None:
             fill[name] = checked.fill
