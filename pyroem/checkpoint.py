@@ -20,7 +20,8 @@ from pyroem.errors import PyroemError, SettingError
 from pyroem.loop import NOISE, Course, Outcome, Rule, State, Status
 from pyroem.mstep.runs import Expected
 from pyroem.problem import Problem
-from pyroem.starts import Start, Starts
+from pyroem.race import Start
+from pyroem.starts import Starts
 from pyroem.statistics import SiteStatistics
 from pyroem.stored import BROKEN, FORMAT, pack, unpack, write
 from pyroem.structure import Params

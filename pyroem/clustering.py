@@ -49,6 +49,17 @@ def features(problem: Problem, trace: Enumerated, group: StateGroup) -> Tensor |
     return (rows - rows.mean(0)) / torch.where(spread > 0, spread, 1.0)
 
 
+def sphered(rows: Tensor) -> Tensor:
+    """Rows whose columns are uncorrelated, of variance one: directions of no spread are left out.
+
+    Groups that differ across a narrow direction of elongated clouds stand apart here.
+    """
+    centred = rows - rows.mean(0)
+    left, values, _ = torch.linalg.svd(centred, full_matrices=False)
+    kept = values > 1e-8 * values.max().clamp(min=1e-300)
+    return left[:, kept] * len(rows) ** 0.5
+
+
 def _columns(problem: Problem, z: str, name: str) -> Tensor | None:
     """The data of one observation as rows over the plates of ``z``."""
     node = problem.nodes[name]

@@ -9,9 +9,9 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from pyroem._pyro import align
+from pyroem._pyro import Enumerated, align
 from pyroem.batch import Batch, has_one_group, no_batch, stack, unstack
-from pyroem.clustering import cluster_means, features, kmeans, rows_shape
+from pyroem.clustering import cluster_means, features, kmeans, rows_shape, sphered
 from pyroem.estep.engine import MixtureEngine, is_chained
 from pyroem.estep.kernel import expect_given
 from pyroem.estep.trace import collect, factor_weights
@@ -35,10 +35,11 @@ def guessed(
     seed: int,
     only: frozenset[str] | None = None,
 ) -> Params:
-    """Guess the assignments (``"kmeans"`` or ``"random"``) and make one M-step from ``pooled``.
+    """Guess the assignments and make one M-step from ``pooled``.
 
-    ``"random"`` seeds each state with a handful of rows drawn at random; the other rows are spread
-    evenly and weigh less, so that the states do not all start at the pooled estimate.
+    ``"kmeans"`` clusters standardised columns, ``"sphered"`` uncorrelated ones. ``"random"`` seeds
+    each state with a handful of rows drawn at random; the other rows are spread evenly and weigh
+    less, so that the states do not all start at the pooled estimate.
     """
     generator = torch.Generator().manual_seed(seed)
     trace = problem.plan.reading.traces[0]
@@ -46,7 +47,7 @@ def guessed(
     importance: Tensor | None = None
     taken: dict[int, list[Tensor]] = {}
     for group in problem.groups:
-        rows = features(problem, trace, group) if method == "kmeans" else None
+        rows = _rows(problem, trace, group, method)
         if rows is None:
             importance = _random(problem, group, evidence, generator, importance)
             continue
@@ -84,7 +85,7 @@ def guessed_together(
     z, k, count = group.assignments[0], group.num_states, len(seeds)
     rows = int(torch.Size(rows_shape(problem, z)).numel())
     trace = problem.plan.reading.traces[0]
-    seen = features(problem, trace, group) if method == "kmeans" else None
+    seen = _rows(problem, trace, group, method)
     if seen is not None:
         labels = kmeans(seen, k, seeds)
         other = (1 - CERTAINTY) / max(k - 1, 1)
@@ -106,6 +107,12 @@ def guessed_together(
     batch = Batch(problem, count)
     found = batch.m_step(stack([pooled] * count), batch.expected_given(posterior), only)
     return unstack(problem.clip(found))
+
+
+def _rows(problem: Problem, trace: Enumerated, group: StateGroup, method: str) -> Tensor | None:
+    """What is clustered; None where the guess is to be random."""
+    rows = None if method == "random" else features(problem, trace, group)
+    return rows if rows is None or method == "kmeans" else sphered(rows)
 
 
 def _agreeing(problem: Problem, group: StateGroup, evidence: Evidence) -> Evidence:

@@ -20,8 +20,9 @@ from pyroem.interrupt import deferred, pause_point, pressed
 from pyroem.loop import Outcome, Restart, Rule, State, Status, iterate, rank
 from pyroem.problem import ENGINES, Problem, pose
 from pyroem.progress import Progress
+from pyroem.race import Start
 from pyroem.shards import pose_shared
-from pyroem.starts import Start, starts
+from pyroem.starts import starts
 from pyroem.stored import check_path, read
 from pyroem.structure import Held, Params
 from pyroem.threads import threads_for
@@ -228,10 +229,11 @@ class Solver:
             ``distributed`` is wrapped with ``functools.partial``.)
         init
             ``"auto"`` (the program's own values where they tell the states apart, else the best
-            of several guesses), ``"kmeans"``, ``"random"``, ``"prior"``, ``"model"`` (the values
-            that the program gives), a dict of values (what it lacks is found), or a ``Fit``. A dict
-            may also hold an assignment: the states of all rows, or their probabilities (rows by
-            states), from which one M-step leads to the start.
+            of several guesses), ``"thorough"`` (more guesses, then split-and-merge moves: where a
+            better optimum is worth some seconds), ``"kmeans"``, ``"random"``, ``"prior"``,
+            ``"model"`` (the values that the program gives), a dict of values (what it lacks is
+            found), or a ``Fit``. A dict may also hold an assignment: the states of all rows, or
+            their probabilities (rows by states), from which one M-step leads to the start.
         restarts
             The number of starts; the best fit is returned, with the objective of each.
         seed

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn
 
@@ -12,37 +11,19 @@ import torch
 from torch import Tensor
 
 from pyroem._pyro import isolated
-from pyroem.batch import Batch, no_batch, stack, unstack
-from pyroem.diagnose import collapsed
 from pyroem.errors import ModelError, SettingError
 from pyroem.given import around, assignments
-from pyroem.guesses import from_evidence, guessed_together, placed
-from pyroem.interrupt import pause_point
+from pyroem.guesses import from_evidence, placed
 from pyroem.mstep.plan import Rung
-from pyroem.mstep.update import QUICK, Effort
+from pyroem.mstep.update import QUICK
 from pyroem.problem import Problem
+from pyroem.race import AUTO, THOROUGH, Search, Start, extent, guesses, race
 from pyroem.structure import Params, check_names
 from pyroem.symmetry import coinciding
 from pyroem.threads import threads_for
 
-METHODS = ("auto", "kmeans", "random", "prior", "model")
-LAPS = ((4, 0.5), (10, 0.5), (100, 1.0))  # EM iterations of a race, and the share that goes on
-BRIEF = Effort(1, 5, 3, 2)  # the effort of an M-step in the race
-RESERVE = 3  # finalists that are run when the chosen starts end in a collapse
-CALM = 1e-6  # change of the objective per row at which a run of the race has settled
-
-
-@dataclass(frozen=True)
-class Start:
-    """A starting point and how it was made, in words for ``explain()``.
-
-    ``sought`` are the parameters that were found from the data, not given.
-    """
-
-    params: Params
-    how: str
-    interrupted: bool = False
-    sought: tuple[str, ...] = ()
+SEARCHES = {"auto": AUTO, "thorough": THOROUGH}
+METHODS = (*SEARCHES, "kmeans", "random", "prior", "model")
 
 
 class Starts(Iterator[Start]):
@@ -95,12 +76,12 @@ def starts(
         For an unknown method, parameters that the program does not have, shapes that do not match,
         and ``count > 1`` of a start that has nothing random.
     """
-    guesses = _guessed(problem, init)
-    if guesses:
-        values = {n: v for n, v in getattr(init, "params", init).items() if n not in guesses}
+    states = _guessed(problem, init)
+    if states:
+        values = {n: v for n, v in init.items() if n not in states}
         if count > 1:
             _refuse("given values", count)
-        return Starts([lambda: [_given(problem, values, seed, guesses)]])
+        return Starts([lambda: [_given(problem, values, seed, states)]])
     found = _starts(problem.sample, init, count, seed, report)
     if problem.smaller is not None:
         found.finish = partial(_on_all_rows, problem)
@@ -159,30 +140,14 @@ def _starts(
         return Starts(
             partial(lambda i: [Start(_drawn(problem, seed + i), how)], i) for i in range(count)
         )
-    if init == "auto":
-        return Starts(_auto(problem, program, count, seed, report))
+    if init in SEARCHES:
+        return Starts(_auto(problem, program, count, seed, report, SEARCHES[init]))
 
-    def guesses() -> list[Start]:
+    def guessed() -> list[Start]:
         pooled = from_evidence(problem, placed(problem, program), {}, None)
-        return _guesses(problem, pooled, init, range(seed, seed + count))
+        return guesses(problem, pooled, init, range(seed, seed + count))
 
-    return Starts([guesses])
-
-
-def _guesses(
-    problem: Problem,
-    pooled: Params,
-    method: str,
-    seeds: Sequence[int],
-    only: frozenset[str] | None = None,
-) -> list[Start]:
-    how = "k-means assignments" if method == "kmeans" else "random assignments"
-    found = guessed_together(problem, pooled, method, seeds, only)
-    sought = tuple(sorted(problem.free if only is None else only))
-    return [
-        Start(params, f"{how} (seed {seed}) and one M-step", sought=sought)
-        for params, seed in zip(found, seeds, strict=True)
-    ]
+    return Starts([guessed])
 
 
 def _refuse(what: str, count: int) -> NoReturn:
@@ -219,9 +184,9 @@ def _drawn(problem: Problem, seed: int) -> Params:
 
 
 def _given(
-    problem: Problem, given: Mapping[str, Any], seed: int, guesses: Mapping[str, Any] | None = None
+    problem: Problem, given: Mapping[str, Any], seed: int, states: Mapping[str, Any] | None = None
 ) -> Start:
-    """Values that the user gives; what is missing is found around them, or from the ``guesses``."""
+    """Values that the user gives; what is missing is found around them, or from the ``states``."""
     structure = problem.structure
     check_names(given, structure.parameters, "init")
     _check_fixed(problem, given)
@@ -235,16 +200,16 @@ def _given(
             )
     program = {**own_values(problem), **values}
     rest = frozenset(problem.free) - frozenset(values)
-    if guesses:
+    if states:
         how = "the assignments given and one M-step"
-        return Start(around(problem, program, guesses, rest), how, sought=tuple(sorted(rest)))
+        return Start(around(problem, program, states, rest), how, sought=tuple(sorted(rest)))
     if not rest or not structure.assignments:
         return Start(program, "the values given")
     if _telling(problem, values)[1]:
         how = "the values given, the rest found around them"
         return Start(_around(problem, program, rest), how, sought=tuple(sorted(rest)))
     pooled = from_evidence(problem, program, {}, None, rest)
-    (start,) = _guesses(problem, pooled, "kmeans", [seed], rest)
+    (start,) = guesses(problem, pooled, "kmeans", [seed], rest)
     return replace(start, how=f"the values given, the rest from {start.how}")
 
 
@@ -277,7 +242,12 @@ def _around(problem: Problem, params: Params, rest: frozenset[str]) -> Params:
 
 
 def _auto(
-    problem: Problem, program: Params, count: int, seed: int, report: Callable[[str], None]
+    problem: Problem,
+    program: Params,
+    count: int,
+    seed: int,
+    report: Callable[[str], None],
+    search: Search,
 ) -> list[Callable[[], list[Start]]]:
     """The program's own values where they tell the states apart; then the best of many guesses.
 
@@ -306,130 +276,11 @@ def _auto(
     kept = telling if not groups and not apart else set()
     wanted = max(count - len(groups), 1)
 
-    def race() -> list[Start]:
-        with threads_for(problem.engine.work * 2 * _extent(problem)[0]):
+    def sought() -> list[Start]:
+        with threads_for(problem.engine.work * 2 * extent(problem)[0]):
             try:
-                return _race(problem, program, wanted, seed, report, kept)
+                return race(problem, program, wanted, seed, report, kept, search)
             finally:
                 report("")
 
-    return [*groups, race]
-
-
-def _race(
-    problem: Problem,
-    program: Params,
-    count: int,
-    seed: int,
-    report: Callable[[str], None],
-    kept: set[str],
-) -> list[Start]:
-    """Short EM runs from many guesses; the ``count`` best, and some in reserve.
-
-    k-means and random guesses race apart: random ones climb fast, and often into a collapse. The
-    guesses take over the program's values of the parameters ``kept``.
-    """
-    (tries, laps), clock = _extent(problem), time.perf_counter()
-    only = frozenset(problem.free) - kept if kept else None
-    pooled = from_evidence(problem, placed(problem, program), {}, None, only)
-    fields: list[list[_Run]] = [[], []]
-    try:
-        for field, method, many in zip(
-            fields, ("kmeans", "random"), (max(tries, count), tries), strict=True
-        ):
-            size = 1 if no_batch(problem) else many
-            for i in range(0, many, size):
-                pause_point()
-                report(f"a {method} guess, {i + 1} of {many}")
-                seeds = range(100 * seed + i, 100 * seed + i + size)
-                field += [_Run(problem, g) for g in _guesses(problem, pooled, method, seeds, only)]
-        guesses = sum(map(len, fields))
-        for length, share in laps if count == 1 else laps[:2]:
-            report(f"{sum(map(len, fields))} of {guesses} guesses in the race")
-            _advance(problem, [run for field in fields for run in field], length)
-            for i, field in enumerate(fields):
-                keep = max(count, 1, round(share * len(field)))
-                fields[i] = _distinct(field, problem.rows, count)[:keep]
-    except KeyboardInterrupt:
-        runs = [run for field in fields for run in field]
-        if not runs:
-            raise
-        best = max(runs, key=lambda run: run.promise)
-        how = f"{best.start.how}; interrupted after a short EM run"
-        return [Start(problem.clip(best.params), how, interrupted=True)]
-    seconds = time.perf_counter() - clock
-    how = f"best of {guesses} guesses after short EM runs ({seconds:.1f} s): "
-    runs = _distinct([run for field in fields for run in field], problem.rows, count)
-    return [replace(run.start, how=how + run.start.how) for run in runs[: count + RESERVE]]
-
-
-def _extent(problem: Problem) -> tuple[int, tuple[tuple[int, float], ...]]:
-    """How many guesses of each kind, and which laps, the problem's size allows."""
-    plan = problem.plan
-    factors = plan.reading.traces[0].factors.values()
-    work = sum(f.tensor.numel() + 20_000 for f in factors)  # a site costs something by itself
-    if plan.on(Rung.ON_STATISTICS) or plan.on(Rung.GRADIENT):
-        work *= 10
-    if work <= 100_000:
-        return 12, LAPS
-    return (6, LAPS[:-1]) if work <= 1_000_000 else (3, LAPS[:-1])
-
-
-def _distinct(runs: list[_Run], rows: float, least: int) -> list[_Run]:
-    """The best first; runs that have met (up to the states' names) come last or go."""
-    ranked = sorted(runs, key=lambda run: run.promise, reverse=True)
-    first, again = ranked[:1], list[_Run]()
-    for run in ranked[1:]:
-        same = abs(first[-1].promise[1] - run.promise[1]) <= 1e-9 * rows
-        (again if same else first).append(run)
-    return first + again[: max(0, least - len(first))]
-
-
-def _advance(problem: Problem, runs: list[_Run], iterations: int) -> None:
-    """Iterate all runs, as one where the problem allows."""
-    moving = [run for run in runs if not run.settled]
-    if len(moving) < 2 or no_batch(problem):
-        for run in moving:
-            run.advance(iterations)
-        return
-    batch = Batch(problem, len(moving))
-    params, values = stack([run.params for run in moving]), [run.promise[1] for run in moving]
-    try:
-        for _ in range(iterations):
-            expected, log_joint = batch.e_step(params)
-            before, values = values, log_joint.tolist()
-            for run, old, new in zip(moving, before, values, strict=True):
-                run.settled = not abs(new - old) > CALM * problem.rows
-            if all(run.settled for run in moving):
-                break
-            params = batch.m_step(params, expected)
-            pause_point()
-    finally:  # an interrupt keeps what was reached
-        low = batch.collapsed(params, 100.0).tolist()
-        points = unstack(params)
-        for run, point, value, fallen in zip(moving, points, values, low, strict=True):
-            run.params = point
-            run.promise = (value == value and not fallen, value if value == value else -torch.inf)
-
-
-class _Run:
-    """A short EM run from a guess, in laps."""
-
-    def __init__(self, problem: Problem, start: Start) -> None:
-        self.problem, self.start, self.params = problem, start, start.params
-        self.promise, self.settled = (False, -torch.inf), False
-
-    def advance(self, iterations: int) -> None:
-        """Iterate; ``promise`` then says whether it stays healthy, and its objective."""
-        problem = self.problem
-        for _ in range(0 if self.settled else iterations):
-            expected, log_prior = problem.e_step(self.params)
-            before, value = self.promise[1], float(expected.log_likelihood + log_prior)
-            self.promise = (True, value) if value == value else (False, -torch.inf)
-            if not abs(value - before) > CALM * problem.rows:
-                self.settled = True
-                break
-            self.params = problem.m_step(self.params, expected, effort=BRIEF)
-            pause_point()
-        if collapsed(problem, self.params, 100.0):
-            self.promise = (False, self.promise[1])
+    return [*groups, sought]

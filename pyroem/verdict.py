@@ -10,7 +10,7 @@ from pyroem.guesses import escape
 from pyroem.loop import Outcome, Status, steepest
 from pyroem.mstep.plan import Rung
 from pyroem.problem import Problem
-from pyroem.starts import Start
+from pyroem.race import Start
 from pyroem.symmetry import coinciding
 
 SADDLE = 1e-5  # nats a row that moving states apart gains at a saddle

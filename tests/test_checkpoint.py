@@ -240,13 +240,13 @@ def test_the_search_for_starts_is_not_repeated(
 ) -> None:
     solver = EM(max_iter=20, engine="trace")
     searches: list[int] = []
-    inner = pyroem.starts._race
+    inner = pyroem.starts.race
 
     def count(*args: Any) -> Any:
         searches.append(1)
         return inner(*args)
 
-    monkeypatch.setattr(pyroem.starts, "_race", count)
+    monkeypatch.setattr(pyroem.starts, "race", count)
     whole = solver.fit(pair, data(60))
     assert len(searches) == 1
     cut(5)
@@ -275,7 +275,7 @@ def test_starts_in_reserve_are_stored(
     cut(2 * 5 + 2)
     broken = solver.fit(two_assignments, data(60), checkpoint=tmp_path / "c")
     assert len(broken.restarts) == 3
-    monkeypatch.setattr(pyroem.starts, "_race", lambda *a: pytest.fail("searched again"))
+    monkeypatch.setattr(pyroem.starts, "race", lambda *a: pytest.fail("searched again"))
     cut(None)
     assert_same(whole, solver.fit(two_assignments, data(60), checkpoint=tmp_path / "c"))
 
