@@ -11,6 +11,7 @@ from pyroem.families import Coordinate, Family, exponential_family, register_fam
 from pyroem.fit import Fit
 from pyroem.gradient import MAP, SVI
 from pyroem.loop import Record, Restart, Status
+from pyroem.selection import Candidate, Selection, select
 from pyroem.stepwise import StepwiseEM
 
 __version__ = "0.1.0"
@@ -20,6 +21,7 @@ __all__ = [
     "MAP",
     "SVI",
     "Blocks",
+    "Candidate",
     "Comparison",
     "Coordinate",
     "DataError",
@@ -31,6 +33,7 @@ __all__ = [
     "Record",
     "Restart",
     "Row",
+    "Selection",
     "SettingError",
     "Status",
     "StepwiseEM",
@@ -42,4 +45,5 @@ __all__ = [
     "log_joint",
     "markov",
     "register_family",
+    "select",
 ]
