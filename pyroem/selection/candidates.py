@@ -28,9 +28,11 @@ class Candidate:
         icl   = bic + 2 H, with H the posterior entropy of the assignments
 
     Of these the smaller is the better. (mclust prints ``2 L - df log n``: the same number with the
-    other sign.) ``cv`` is the log-likelihood of held-out rows, of which the larger is the better;
-    None where it was not asked for, or not reached. ``seconds`` are those of all fits that were
-    made of the program. ``counts`` says whether the fit ended well, so that it can be chosen.
+    other sign; and its icl has in place of ``H`` the sum of ``-log`` of every row's largest
+    probability.) ``cv`` is the log-likelihood of held-out rows, of which the larger is the better;
+    None where it was not asked for, or not reached. ``n_iter`` are the iterations of the run that
+    led here (the fit that gave its start had its own), ``seconds`` those of all fits of the
+    program. ``counts`` says whether the fit ended well, so that it can be chosen.
 
     Source: Schwarz (1978); Bozdogan (1987), for caic; Sclove (1987), for sabic; Biernacki, Celeux
     and Govaert (2000), for icl; Smyth (2000), for cv.

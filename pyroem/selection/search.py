@@ -14,6 +14,7 @@ from pyroem.errors import SettingError
 from pyroem.fit import Fit
 from pyroem.interrupt import deferred, pause_point, pressed
 from pyroem.loop import Status, rank
+from pyroem.problem import Problem
 from pyroem.progress import Progress
 from pyroem.selection.candidates import CRITERIA, Candidate, Selection, best_of, criteria_of
 from pyroem.selection.folds import check_folds, held_out
@@ -147,6 +148,22 @@ class Search:
         self.seconds = dict.fromkeys(range(len(posed)), 0.0)
         self.tried: set[tuple[int, int]] = set()  # (the fit that gave a start, who got it)
 
+    def extended(self, posed: Sequence[Posed]) -> Search:
+        """The same fits, with more programs to fit."""
+        search = Search(
+            self.solver, [*self.posed, *posed], self.data, self.seed, self.restarts, self.show
+        )
+        search.fits, search.seconds = self.fits, {**search.seconds, **self.seconds}
+        return search
+
+    def best(self, k: int) -> Fit:
+        """The fit with ``k`` components, of one program for each number of them."""
+        (i,) = self.at(k)
+        if i not in self.fits:
+            self.fit_all(k)
+            self.settle(k)
+        return self.fits[i]
+
     def at(self, k: int) -> list[int]:
         """The programs with ``k`` components, those with few parameters first."""
         own = [i for i, p in enumerate(self.posed) if p.components == k]
@@ -165,7 +182,7 @@ class Search:
     def healthy(self, i: int) -> bool:
         """Whether there is a fit that others may start from."""
         fit = self.fits.get(i)
-        return fit is not None and fit.status is not Status.INTERRUPTED and _healthy(fit)
+        return fit is not None and fit.status is not Status.INTERRUPTED and healthy(fit)
 
     def fit_all(self, k: int) -> None:
         """A first fit of every program with ``k`` components."""
@@ -175,18 +192,22 @@ class Search:
             count = f"fit {len(self.fits) + 1} of {len(self.posed)}"
             self.show(f"{count}: {self.posed[i].label}")
             clock = time.perf_counter()
-            chosen: Iterable[Start] = []
-            if i not in (own[0], own[-1]):
-                chosen = self._rivals(i, own)
-            problem, wanted = self.posed[i].problem, self.restarts
-            with isolated(self.solver.dtype, self.seed):
-                chosen = promising(problem, self.solver, chosen, wanted, self.seed)
-                if len(chosen) < wanted:
-                    chosen = starts(problem, "auto", wanted, self.seed)
-                self.fits[i] = self.solver.solve(problem, chosen, wanted)
+            problem = self.posed[i].problem
+            rivals = [] if i in (own[0], own[-1]) else self._rivals(i, own)
+            self.fits[i] = self._first(problem, rivals)
             self.seconds[i] += time.perf_counter() - clock
             if self.fits[i].status is Status.INTERRUPTED or pressed():
                 raise KeyboardInterrupt
+
+    def _first(self, problem: Problem, rivals: Sequence[Start]) -> Fit:
+        """The fit from the most promising rivals; from a search as in ``fit`` without any."""
+        if rivals:
+            chosen = promising(problem, self.solver, rivals, self.restarts, self.seed)
+            return run_from(problem, self.solver, [*chosen, *rivals], len(chosen), self.seed)
+        # Without assignments there is nothing random, and one start.
+        wanted = self.restarts if problem.structure.assignments else 1
+        with isolated(self.solver.dtype, self.seed):
+            return self.solver.solve(problem, starts(problem, "auto", wanted, self.seed), wanted)
 
     def _rivals(self, i: int, own: Sequence[int]) -> list[Start]:
         """Starts of a program from fits at hand, from its smaller fit, and from k-means."""
@@ -263,7 +284,7 @@ class Search:
         """Run from other starts; keep the better fit, and say whether it is the new one."""
         pause_point()
         clock = time.perf_counter()
-        fit = run_from(self.posed[i].problem, self.solver, chosen, self.seed)
+        fit = run_from(self.posed[i].problem, self.solver, chosen, len(chosen), self.seed)
         self.seconds[i] += time.perf_counter() - clock
         if fit.status is Status.INTERRUPTED or pressed():
             raise KeyboardInterrupt
@@ -274,7 +295,8 @@ class Search:
         return better
 
 
-def _healthy(fit: Fit) -> bool:
+def healthy(fit: Fit) -> bool:
+    """Whether a fit has a likelihood that says something: no collapse, no saddle."""
     finite, healthy, _ = rank(fit.status, fit.log_joint)
     return finite and healthy
 

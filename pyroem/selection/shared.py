@@ -180,7 +180,9 @@ def promising(
     return [Start(fit.params, fit.start, sought=chosen[0].sought) for fit in fits[:count]]
 
 
-def run_from(problem: Problem, solver: Solver, chosen: Sequence[Start], seed: int) -> Fit:
-    """The best fit from some starts."""
+def run_from(
+    problem: Problem, solver: Solver, chosen: Sequence[Start], count: int, seed: int
+) -> Fit:
+    """The best fit from the first ``count`` starts, and from the others while none is healthy."""
     with isolated(solver.dtype, seed):
-        return solver.solve(problem, list(chosen), len(chosen))
+        return solver.solve(problem, list(chosen), count)
