@@ -26,7 +26,7 @@ from pyroem.selection.programs import (
     pose_all,
 )
 from pyroem.selection.replicates import Places, places_of, replicate
-from pyroem.selection.search import GUESSES, Search, healthy
+from pyroem.selection.search import GUESSES, SLACK, Search, healthy
 from pyroem.selection.shared import FAINT, promising, run_from, split_starts
 from pyroem.solver import Solver
 from pyroem.starts import Start, starts
@@ -50,6 +50,8 @@ class LikelihoodRatioTest:
         Further data sets on which a fit collapsed; they do not count.
     missing
         Replicates that an interrupt kept from being made.
+    interrupted, note
+        Whether an interrupt ended the test, and why there is no p-value, where there is none.
     level, previous
         Where the number of components was sought: the level, and the tests of fewer components.
     """
@@ -63,6 +65,7 @@ class LikelihoodRatioTest:
     failed: int = 0
     missing: int = 0
     interrupted: bool = False
+    note: str = ""
     level: float = 0.05
     previous: tuple[LikelihoodRatioTest, ...] = ()
 
@@ -75,6 +78,8 @@ class LikelihoodRatioTest:
             lines.append(
                 f"{pair:<15s}{test.statistic:>11.4f}{p:>9s}{len(test.replicates):>12d}{failed}"
             )
+        if self.note:
+            lines.append(self.note)
         if self.interrupted:
             lines.append(f"interrupted; missing: {self.missing} replicates")
         return "\n".join(lines)
@@ -179,6 +184,11 @@ def _bootstrap(
 ) -> LikelihoodRatioTest:
     """The test, of both fits to the observed data."""
     statistic = 2 * (alternative.log_likelihood - null.log_likelihood)
+    for size, fit in ((k, null), (k + 1, alternative)):
+        if not _usable(fit):
+            note = f"no test: the fit with {size} components ended as {fit.status}"
+            fits = (null, alternative)
+            return LikelihoodRatioTest(k, math.nan, math.nan, (), *fits, missing=count, note=note)
     generator = torch.Generator().manual_seed(search.seed)
     seeds = torch.randint(2**31, (count,), generator=generator).tolist()
     programs = [next(p for p in search.posed if p.components == size) for size in (k, k + 1)]
@@ -222,18 +232,25 @@ def _statistic(
     """``2 (L_{K+1} - L_K)`` of a drawn data set; NaN where a fit collapses."""
     small, large = (solver.pose(p.model, *data, None) for p in programs)
     lower = _fit(small, solver, [Start(null.params, "the parameters drawn from")], seed)
-    if not healthy(lower):
+    if not _usable(lower):
         return math.nan
+    slack = SLACK * small.rows
     rivals = [Start(alternative.params, "the observed fit")]
     upper = _fit(large, solver, [*rivals, *split_starts(large, lower, data, seed)], seed)
     for share in (FAINT, FAINT**2):
-        if healthy(upper) and upper.log_likelihood >= lower.log_likelihood:
+        if healthy(upper) and upper.log_likelihood >= lower.log_likelihood - slack:
             break
         again = _fit(large, solver, list(split_starts(large, lower, data, seed, share)), seed)
         upper = max(upper, again, key=lambda fit: rank(fit.status, fit.log_joint))
-    if not healthy(upper):
+    if not _usable(upper):
         return math.nan
     return 2 * (upper.log_likelihood - lower.log_likelihood)
+
+
+def _usable(fit: Fit) -> bool:
+    """Whether the likelihood counts: that of states that ended alike does, of a collapse not."""
+    bad = (Status.DEGENERATE, Status.NON_FINITE)
+    return math.isfinite(fit.log_likelihood) and fit.status not in bad
 
 
 def _fit(problem: Problem, solver: Solver, rivals: list[Start], seed: int) -> Fit:
