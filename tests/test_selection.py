@@ -401,6 +401,21 @@ def test_missing_values() -> None:
     assert one[0] == pytest.approx(one[1], abs=1e-6)
 
 
+def test_blocks_share_no_starts_and_cannot_be_cut() -> None:
+    x = faithful()
+    parts = pyroem.blocks(lambda: (x[i::3] for i in range(3)))
+    found = selected(gaussian_mixture, parts, components=[1, 2], covariance=["EEE", "VEE", "VVV"])
+    assert "data in blocks: the fits share no starts" in str(found)
+    assert not any("responsibilities" in row.fit.start for row in found.rows)
+    whole = selected(gaussian_mixture, x, components=[1, 2], covariance=["EEE", "VEE", "VVV"])
+    for a, b in zip(found.rows, whole.rows, strict=True):
+        assert a.bic == pytest.approx(b.bic, abs=1e-3)
+    with pytest.raises(SettingError, match="criterion='cv': expected rows in memory, got data in"):
+        selected(gaussian_mixture, parts, components=[1], criterion="cv")
+    with pytest.raises(SettingError, match="expected rows in memory, got data in blocks"):
+        likelihood_ratio_test(gaussian_mixture, parts, components=1)
+
+
 # ---------------------------------------------------------------------------------------
 # What ends badly, and interrupts
 
