@@ -11,6 +11,13 @@ from pyroem.families import Coordinate, Family, exponential_family, register_fam
 from pyroem.fit import Fit
 from pyroem.gradient import MAP, SVI
 from pyroem.loop import Record, Restart, Status
+from pyroem.selection import (
+    Candidate,
+    LikelihoodRatioTest,
+    Selection,
+    likelihood_ratio_test,
+    select,
+)
 from pyroem.stepwise import StepwiseEM
 
 __version__ = "0.1.0"
@@ -20,17 +27,20 @@ __all__ = [
     "MAP",
     "SVI",
     "Blocks",
+    "Candidate",
     "Comparison",
     "Coordinate",
     "DataError",
     "Family",
     "Fit",
+    "LikelihoodRatioTest",
     "ModelError",
     "Posterior",
     "PyroemError",
     "Record",
     "Restart",
     "Row",
+    "Selection",
     "SettingError",
     "Status",
     "StepwiseEM",
@@ -39,7 +49,9 @@ __all__ = [
     "e_step",
     "expected_log_joint",
     "exponential_family",
+    "likelihood_ratio_test",
     "log_joint",
     "markov",
     "register_family",
+    "select",
 ]

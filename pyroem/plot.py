@@ -1,4 +1,4 @@
-"""Pictures of a comparison and of a fitted Gaussian mixture. Needs matplotlib.
+"""Pictures of a comparison, of a selection and of a fitted Gaussian mixture. Needs matplotlib.
 
 Colours are those of Okabe and Ito (2008), which colour-blind readers tell apart; line styles and
 markers differ too, so that the pictures survive a black-and-white printer.
@@ -26,6 +26,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREY = "#A8A8A8"
 SMALLEST_GAP = 1e-10
 MOST_POINTS = 5000
+CLOSE = 10.0  # differences of a criterion up to here are drawn to scale, larger ones by logarithm
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.labelsize": 9,
@@ -49,6 +50,26 @@ class _Comparison(Protocol):
 
     @property
     def fits(self) -> Mapping[str, Any]: ...
+
+
+class _Candidate(Protocol):
+    @property
+    def components(self) -> int: ...
+    @property
+    def settings(self) -> Mapping[str, Any]: ...
+    @property
+    def counts(self) -> bool: ...
+
+
+class _Selection(Protocol):
+    """Candidates, each with an attribute that bears the criterion's name."""
+
+    @property
+    def rows(self) -> Sequence[_Candidate]: ...
+    @property
+    def criterion(self) -> str: ...
+    @property
+    def best(self) -> _Candidate | None: ...
 
 
 def require_matplotlib() -> None:
@@ -105,6 +126,63 @@ def comparison(comparison: _Comparison, axes: Sequence[Axes] | None = None) -> t
         by_iteration.set_ylabel(f"gap to the best log-joint\n(drawn down to {floor:.0e})")
         _legend(by_iteration, by_seconds)
     return by_iteration, by_seconds
+
+
+def selection(selection: _Selection, axes: Axes | None = None) -> Axes:
+    """Draw a criterion against the number of components: a line for each of the settings.
+
+    What is drawn is the distance to the best value, which the axis names; above 10 by logarithm,
+    since settings that do not suit the data are often worse by hundreds. Fits that ended badly are
+    left out. A ring marks the best.
+
+    Raises:
+        ValueError: no fit ended well.
+    """
+    require_matplotlib()
+    criterion, best = selection.criterion, selection.best
+    if best is None:
+        raise ValueError("Expected at least one fit that ended well; there is none.")
+    value = float(getattr(best, criterion))
+    sign = -1.0 if criterion == "cv" else 1.0
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for row in selection.rows:
+        points = lines.setdefault(", ".join(map(str, row.settings.values())), [])
+        own = getattr(row, criterion)
+        able = row.counts and own is not None and math.isfinite(own)
+        points.append((row.components, sign * (own - value) if able else math.nan))
+    gaps = [gap for points in lines.values() for _, gap in points]
+    highest = max(gap for gap in gaps if not math.isnan(gap))
+    with _style():
+        if axes is None:
+            import matplotlib.pyplot as plt
+
+            size = (3.4, 2.5 + 0.16 * math.ceil(len(lines) / 4) * (len(lines) > 1))
+            _, axes = plt.subplots(figsize=size, layout="constrained")
+        thin: dict[str, Any] = {"linewidth": 1.1, "markersize": 4.0}
+        for number, (look, name) in enumerate(zip(_looks(), lines, strict=False)):
+            if number >= len(COLOURS):  # the same colour again, with filled markers
+                look = {**look, "markerfacecolor": look["color"]}
+            if len(lines) > len(COLOURS):
+                look = {**look, **thin}
+            axes.plot(*zip(*lines[name], strict=True), label=_text(name), **look)
+        ring: dict[str, Any] = {"markerfacecolor": "none", "markeredgecolor": "#000000"}
+        axes.plot(best.components, 0.0, "o", markersize=10, label="_best", zorder=5, **ring)
+        if highest > 5 * CLOSE:
+            axes.set_yscale("symlog", linthresh=CLOSE)
+        axes.set_ylim(bottom=-0.25 * min(max(highest, 1e-9), CLOSE))
+        sizes = sorted({row.components for row in selection.rows})
+        if len(sizes) <= 12:
+            axes.set_xticks(sizes)
+        axes.set_xlabel("components")
+        if criterion == "cv":
+            axes.set_ylabel(f"held-out log-likelihood\nbelow the best, {value:.2f}")
+        else:
+            axes.set_ylabel(f"{criterion.upper()} above the best, {value:.2f}")
+        axes.grid(True, which="major", color="#E3E3E3", linewidth=0.6)
+        axes.set_axisbelow(True)
+        if len(lines) > 1:
+            _legend_below(axes)
+    return axes
 
 
 def fitted_mixture(
@@ -254,6 +332,18 @@ def _time_axis(ax: Axes, label: str, unit: float, longest: float) -> None:
         ax.set_xlim(0, 1.3 * longest)
     elif longest > 0:
         ax.set_xlim(0, 1.03 * longest)
+
+
+def _legend_below(axes: Axes) -> None:
+    """Below the axes, in as many columns as fit: it covers no data, whatever the lines."""
+    figure = axes.figure
+    handles, labels = axes.get_legend_handles_labels()
+    widest = max(map(len, labels))
+    columns = max(1, min(len(labels), 4 if widest < 8 else 28 // widest))
+    if figure.get_layout_engine() is not None and figure.axes == [axes]:
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+    else:
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=columns)
 
 
 def _legend(*axes: Axes) -> None:

@@ -38,7 +38,7 @@ LAYERS: list[set[str]] = [
     {"fit"},
     {"solver"},
     {"em", "gradient", "stepwise"},
-    {"api", "compare"},
+    {"api", "compare", "selection"},
     {"plot"},
     {"__init__"},
     {"cli"},
