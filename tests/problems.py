@@ -25,6 +25,7 @@ from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import BoolTensor, Tensor
 from torch.distributions import AffineTransform, SigmoidTransform, constraints, transform_to
 
+from pyroem import models
 from pyroem.constraints import covariances, variances
 
 Axes = tuple[tuple[str, int], ...]
@@ -1153,7 +1154,7 @@ def _simulate(
         nodes: Any = poutine.trace(poutine.uncondition(model)).get_trace(*data).nodes
     drawn = []
     function = model.forward if isinstance(model, PyroModule) else model
-    for name, value in zip(inspect.signature(function).parameters, data, strict=True):
+    for name, value in zip(inspect.signature(function).parameters, data):  # noqa: B905  (or defaults)
         steps = [nodes[f"{name}_{t}"]["value"] for t in range(99) if f"{name}_{t}" in nodes]
         if name in nodes:
             drawn.append(nodes[name]["value"])
@@ -1190,12 +1191,16 @@ def _problem(
     *symmetries: Axes | Symmetry,
     row_plate: str | None = "rows",
     name: str | None = None,
+    drawn: bool = True,
 ) -> Problem:
-    """A row of the table. ``tiny`` is how many rows (and steps) to keep."""
+    """A row of the table. ``tiny`` is how many rows (and steps) to keep.
+
+    ``drawn`` is whether the program draws its data, else they are taken as they are.
+    """
     values = {key: real(value) for key, value in truth.items()}
     with torch.random.fork_rng(devices=[]), pyro.get_param_store().scope():
         torch.manual_seed(20)
-        data = _simulate(model, values, data)
+        data = _simulate(model, values, data) if drawn else data
         params = _move(model, values, data)
     rows, steps = tiny if isinstance(tiny, tuple) else (tiny, None)
     cut = tuple(x[:rows] if steps is None or x.dim() < 2 else x[:rows, :steps] for x in data)
@@ -1213,6 +1218,25 @@ def _problem(
         renamings,
         model is not laplace_mixture,
     )
+
+
+def _planted(columns: int, seed: int) -> Tensor:
+    """Rows of two clusters, for programs that do not draw rows like the ones they are for."""
+    x = _given(120, columns, seed=seed)
+    return x + 2.0 * (torch.arange(120) % 2).unsqueeze(-1)
+
+
+def _of_kinds(seed: int) -> Tensor:
+    """A column of numbers, one of counts, a binary one and one of three categories."""
+    x = _planted(4, seed)
+    binary, codes = (x[:, 2] > 1).double(), x[:, 3].round().clamp(0, 2)
+    return torch.stack([x[:, 0], x[:, 1].abs().round(), binary, codes], -1)
+
+
+def _codes(seed: int) -> Tensor:
+    """Columns of two, three and four categories, as floats."""
+    x = _planted(3, seed)
+    return torch.minimum(x.round().clamp(min=0), real([1.0, 2.0, 3.0]))
 
 
 _WEIGHTS2 = [0.4, 0.6]
@@ -1239,6 +1263,9 @@ _CHAIN_AXES: Axes = (
     ("scale", 0),
 )
 _GAUSSIAN_AXES: Axes = (("weights", 0), ("loc", 0), ("scale", 0))
+
+_PRIOR = models.Prior(real([0.5, 0.0]), real([[3.0, 0.5], [0.5, 1.0]]), 2.0)
+_Q4 = real([0.3, 0.2, 0.2, 0.3])
 
 PROBLEMS: list[Problem] = [
     _problem(
@@ -2070,5 +2097,129 @@ PROBLEMS: list[Problem] = [
         6,
         {"z": 2},
         _GAUSSIAN_AXES,
+    ),
+    _problem(
+        models.poisson_mixture(2),
+        (_blank(120, 2), (torch.arange(120) % 4 - 2).clamp(min=-1)),
+        {"weights": _WEIGHTS2, "rate": [[2.0, 6.0], [5.0, 3.0]]},
+        6,
+        {"z": 2},
+        name="labelled_mixture",
+    ),
+    _problem(
+        models.student_t_mixture(2),
+        (_blank(150, 2),),
+        {
+            "weights": _WEIGHTS2,
+            "loc": [[-3.0, 0.5], [3.0, -0.5]],
+            "scale_tril": [[[1.0, 0.0], [0.5, 1.0]], [[0.8, 0.0], [-0.3, 0.7]]],
+            "df": [2.0, 3.0],
+        },
+        6,
+        {"z": 2},
+        (("weights", 0), ("loc", 0), ("scale_tril", 0), ("df", 0)),
+        name="student_t_full",
+    ),
+    _problem(
+        models.student_t_mixture(2, "spherical"),
+        (_blank(150, 2),),
+        {
+            "weights": _WEIGHTS2,
+            "loc": [[-3.0, 0.5], [3.0, -0.5]],
+            "scale": [0.8, 1.2],
+            "df": [2.0, 3.0],
+        },
+        6,
+        {"z": 2},
+        (*_GAUSSIAN_AXES, ("df", 0)),
+        name="student_t_spherical",
+    ),
+    _problem(
+        models.zero_inflated_mixture(2),
+        (_blank(150, 2),),
+        {
+            "weights": _WEIGHTS2,
+            "rate": [[2.0, 9.0], [8.0, 3.0]],
+            "gate": [[0.3, 0.15], [0.2, 0.4]],
+        },
+        6,
+        {"z": 2},
+        (("weights", 0), ("rate", 0), ("gate", 0)),
+        name="zero_inflated_columns",
+    ),
+    _problem(
+        models.latent_class(
+            2, (2, 3, 4), models.CategoryPrior((real([0.5, 0.5]), real([0.3, 0.3, 0.4]), _Q4), 2.0)
+        ),
+        (_codes(16),),
+        {
+            "weights": _WEIGHTS2,
+            "probs_0": [[0.8, 0.2], [0.3, 0.7]],
+            "probs_1": [[0.6, 0.3, 0.1], [0.1, 0.2, 0.7]],
+            "probs_2": [[0.5, 0.3, 0.1, 0.1], [0.1, 0.2, 0.2, 0.5]],
+        },
+        6,
+        {"z": 2},
+        (("weights", 0), ("probs_0", 0), ("probs_1", 0), ("probs_2", 0)),
+        name="latent_class_columns",
+        drawn=False,
+    ),
+    _problem(
+        models.mixed_mixture(2, ("gaussian", "poisson", "bernoulli", 3)),
+        (_of_kinds(12),),
+        {
+            "weights": _WEIGHTS2,
+            "loc": [[0.0], [2.0]],
+            "scale": [[0.8], [1.2]],
+            "rate": [[0.8], [2.0]],
+            "probs": [[0.2], [0.8]],
+            "probs_3": [[[0.6, 0.3, 0.1]], [[0.1, 0.2, 0.7]]],
+        },
+        6,
+        {"z": 2},
+        (*_GAUSSIAN_AXES, ("rate", 0), ("probs", 0), ("probs_3", 0)),
+        name="mixed_columns",
+        drawn=False,
+    ),
+    _problem(
+        models.mixture_of_regressions(2, "poisson", intercept=True, concomitant=True),
+        (_given(200, 1, seed=13), _blank(200)),
+        {"gate": [[1.0, 0.5], [-1.0, -0.5]], "coefficients": [[2.0, 0.5], [0.0, -0.7]]},
+        6,
+        {"z": 2},
+        (("gate", 0), ("coefficients", 0)),
+        name="experts_counts",
+    ),
+    _problem(
+        models.bayesian_gaussian_mixture(2, _PRIOR, "tied"),
+        (_blank(120, 2),),
+        {"weights": _WEIGHTS2, "precision": _COV22[0], "loc": _LOC22},
+        6,
+        {"z": 2},
+        (("weights", 0), ("loc", 0)),
+        name="bayesian_tied",
+    ),
+    _problem(
+        models.bayesian_gaussian_mixture(2, _PRIOR, "spherical"),
+        (_blank(120, 2),),
+        {"weights": _WEIGHTS2, "variance": [0.8, 1.2], "loc": _LOC22},
+        6,
+        {"z": 2},
+        (("weights", 0), ("variance", 0), ("loc", 0)),
+        name="bayesian_spherical",
+    ),
+    _problem(
+        models.hidden_markov(2, "categorical", categories=3),
+        (_blank(80, 4, 2),),
+        {
+            "initial": _WEIGHTS2,
+            "transition": [[0.8, 0.2], [0.3, 0.7]],
+            "probs": [[[0.7, 0.2, 0.1], [0.6, 0.2, 0.2]], [[0.1, 0.3, 0.6], [0.2, 0.2, 0.6]]],
+        },
+        (2, 3),
+        {f"z_{t}": 2 for t in range(4)},
+        (("initial", 0), ("transition", 0), ("transition", 1), ("probs", 0)),
+        row_plate="sequences",
+        name="hidden_markov_categories",
     ),
 ]
