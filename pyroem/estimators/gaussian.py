@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from sklearn.utils import check_random_state
 
@@ -15,15 +14,14 @@ from pyroem._pyro import isolated
 from pyroem.estimators import densities, initial
 from pyroem.estimators.base import ATTRIBUTES, Fitted, Params
 from pyroem.estimators.labels import agreeing
-from pyroem.estimators.mixture import Mixture
 from pyroem.estimators.paced import LOWEST, PacedEM, in_step
+from pyroem.estimators.priors import WithPrior
 from pyroem.estimators.programs import labelled_gaussian_mixture
 from pyroem.fit import Fit
 from pyroem.loop import Status
 from pyroem.models.assignments import Program
 from pyroem.models.bayesian import bayesian_gaussian_mixture
 from pyroem.models.gaussian import COVARIANCES, NAMED
-from pyroem.models.priors import Prior, weak_prior
 from pyroem.solver import Solver
 from pyroem.starts import starts
 
@@ -39,7 +37,7 @@ SKLEARN = ("kmeans", "k-means++", "random", "random_from_data")
 CAP = 1e-3  # of a column's variance: the most that reg_covar adds to it
 
 
-class GaussianMixture(Mixture):
+class GaussianMixture(WithPrior):
     __doc__ = f"""A Gaussian mixture, in the place of ``sklearn.mixture.GaussianMixture``.
 
     It has that class's arguments, attributes and methods, and from the same start the same numbers
@@ -186,17 +184,12 @@ class GaussianMixture(Mixture):
             centre = np.ma.average(seen, axis=0, weights=own)
             variance = np.ma.average((seen - centre) ** 2, axis=0, weights=own).filled(0.0)
         self._ridge = np.minimum(self.reg_covar, np.where(variance > 0, CAP * variance, np.inf))
-        vars(self).pop("prior_", None)
-        if self.prior is not None:
-            found = weak_prior(torch.as_tensor(X.astype(np.float64)))
-            self.prior_ = [found.mean.numpy(), found.covariance.numpy(), found.size]
+        super()._learn(X, weights)
 
     def _make_program(self) -> Program:
-        K = int(self.n_components)
-        if self.prior is None:
+        K, prior = int(self.n_components), self._own_prior()
+        if prior is None:
             return labelled_gaussian_mixture(K, self._mclust)
-        mean, covariance, size = self.prior_
-        prior = Prior(torch.as_tensor(mean), torch.as_tensor(covariance), size)
         return bayesian_gaussian_mixture(K, prior, PRIORS[self._mclust])
 
     @property

@@ -12,7 +12,7 @@ from pyroem._pyro import isolated
 from pyroem.em import EM
 from pyroem.errors import ModelError
 from pyroem.estep.engine import MixtureEngine
-from pyroem.estimators.base import Fitted
+from pyroem.estimators.mixture import Mixture
 from pyroem.mstep.runs import Expected
 from pyroem.mstep.update import QUICK
 from pyroem.problem import Problem, maker_of
@@ -39,7 +39,7 @@ class Running:
     rows: float
 
 
-class Increments(Fitted):
+class Increments(Mixture):
     """Adds ``partial_fit``."""
 
     def partial_fit(self: Self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
@@ -61,7 +61,8 @@ class Increments(Fitted):
         if running is None:
             vars(self).pop("converged_", None)
             self._accept(self._run(args, weights), X.dtype)
-            sample = tuple(a[:: -(-len(a) // SAMPLE)].clone() for a in args)
+            every = -(-len(args[0]) // SAMPLE)
+            sample = tuple(None if a is None else a[::every].clone() for a in args)
             running = Running(sample, {}, 0, 0.0)
         check_is_fitted(self)
         params = {n: torch.as_tensor(v) for n, v in self._give().items()}
@@ -74,12 +75,6 @@ class Increments(Fitted):
         self.converged_, self.status_, self.n_iter_ = False, "max_iter", running.count
         self.lower_bound_, self.lower_bounds_ = value, [value]
         return self
-
-    def _ready(self, X: Any, y: Any, sample_weight: Any, reset: bool, labelled: bool) -> Any:
-        raise NotImplementedError
-
-    def _run(self, args: tuple[Any, ...], weights: Any) -> Any:
-        raise NotImplementedError
 
     def _regularised(self, params: Params) -> Params:
         """What a subclass does to the parameters after an M-step."""

@@ -14,16 +14,13 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from pyroem.estimators.base import Fitted, as_tensor, row_weights, selected
 from pyroem.estimators.densities import draw_rows
-from pyroem.estimators.increments import Increments
 from pyroem.estimators.labels import known_components
 from pyroem.fit import Fit
 
 Self = TypeVar("Self", bound="Mixture")
 
 
-class Mixture(
-    Increments, ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, Fitted
-):
+class Mixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, Fitted):
     """Rows that each come from one of K components.
 
     A subclass adds ``_log_density`` (rows by components, from its attributes) and ``_draw``.
