@@ -65,6 +65,12 @@ ATTRIBUTES = """
         The number of columns, and their names if they had any.
 """
 
+PRIOR = """
+    prior
+        None, or ``"weak"``: a conjugate prior that counts as one row, shared between components.
+"""
+SHARED = {"{settings}": SETTINGS, "{attributes}": ATTRIBUTES, "{prior}": PRIOR}
+
 
 class Fitted(BaseEstimator):
     """An estimator that fits a ready-made program.
@@ -74,6 +80,11 @@ class Fitted(BaseEstimator):
     """
 
     names: ClassVar[Mapping[str, str]] = {}  # other words for the program's parameters
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for mark, text in SHARED.items():
+            cls.__doc__ = (cls.__doc__ or "").replace(f"    {mark}", text.strip("\n"))
 
     def _make_program(self) -> Program:
         raise NotImplementedError
@@ -101,10 +112,11 @@ class Fitted(BaseEstimator):
         check_is_fitted(self)
         if self.__dict__.get("_fit") is None:
             raise AttributeError(
-                f"fit_result_: this {type(self).__name__} was copied, loaded or fitted in parts, and"
-                " a Fit belongs to its data. result_on(X) gives one."
+                f"fit_result_: this {type(self).__name__} was copied, loaded or fitted in parts,"
+                " and a Fit belongs to its data. result_on(X) gives one."
             )
-        return self.__dict__["_fit"]
+        found: Fit = self.__dict__["_fit"]
+        return found
 
     def _result_on(self, args: tuple[Any, ...], weights: Any, params: Any = None) -> Fit:
         params = self._give() if params is None else params
@@ -131,9 +143,9 @@ class Fitted(BaseEstimator):
     def _without_data(self: Self) -> Self:
         """A copy of the estimator with the report in place of the fit."""
         copy = type(self).__new__(type(self))
-        vars(copy).update(vars(self))
-        fit = vars(copy).pop("_fit", None)
-        vars(copy).pop("_posed", None)
+        copy.__dict__.update(self.__dict__)
+        fit = copy.__dict__.pop("_fit", None)
+        copy.__dict__.pop("_posed", None)
         if fit is not None:
             copy.report_ = fit.explain()
         return copy
@@ -196,8 +208,8 @@ class Fitted(BaseEstimator):
 
     def _accept(self, fit: Fit, dtype: Any) -> None:
         """Set the attributes from a fit; warn where it did not end well."""
-        vars(self).pop("report_", None)
-        self._fit = fit
+        self.__dict__.pop("report_", None)
+        self._fit: Fit | None = fit
         self._take({n: v.detach().numpy().astype(np.float64) for n, v in fit.params.items()}, dtype)
         rows = fit.problem.rows
         self.converged_, self.status_ = fit.converged, fit.status.value

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from sklearn.utils.validation import validate_data
 
 from pyroem.estimators import densities
-from pyroem.estimators.base import ATTRIBUTES, SETTINGS, Params
-from pyroem.estimators.priors import PRIOR, WithPrior
+from pyroem.estimators.base import Params
+from pyroem.estimators.priors import SIZE, WithPrior
 from pyroem.models.assignments import Program
 from pyroem.models.categories import bernoulli_mixture, latent_class
 from pyroem.models.priors import CategoryPrior
@@ -21,7 +21,7 @@ UNKNOWN = ("warn", "error", "missing")
 
 
 class BernoulliMixture(WithPrior):
-    __doc__ = f"""A mixture for binary columns, which are independent given the component.
+    """A mixture for binary columns, which are independent given the component.
 
         z_n ~ Categorical(weights),   x_nj | z_n = k ~ Bernoulli(probs_kj)
 
@@ -31,12 +31,15 @@ class BernoulliMixture(WithPrior):
     ----------
     binarize
         Values above it are 1, the others 0. None: ``X`` must hold 0 and 1 only.
-{SETTINGS}{PRIOR}
-    Attributes
+    {settings}
+    {prior}
+
+    Attributes:
     ----------
     weights_, probs_
         ``(n_components,)`` and ``(n_components, n_features)``.
-{ATTRIBUTES}"""
+    {attributes}
+    """
 
     def __init__(
         self,
@@ -73,7 +76,8 @@ class BernoulliMixture(WithPrior):
         X = super()._read(X, reset)
         missing = np.isnan(X)
         if self.binarize is not None:
-            return np.where(missing, X, (X > self.binarize).astype(X.dtype))
+            threshold = self.binarize
+            return np.where(missing, X, np.greater(X, threshold).astype(X.dtype))
         if not np.all(missing | (X == 0) | (X == 1)):
             wrong = X[~(missing | (X == 0) | (X == 1))][0]
             raise ValueError(f"X: expected 0 and 1, as binarize is None; got {wrong}.")
@@ -98,20 +102,22 @@ class BernoulliMixture(WithPrior):
 
 
 class LatentClass(WithPrior):
-    __doc__ = f"""Latent class analysis: categorical columns, independent given the class.
+    """Latent class analysis: categorical columns, independent given the class.
 
         z_n ~ Categorical(weights),   x_nj | z_n = k ~ Categorical(probs_j[k])
 
-    for ``X (n_samples, n_features)`` with values of any kind that can be sorted; each column has the
-    categories that ``numpy.unique`` finds in it. NaN (None in columns of objects) is a missing value.
+    for ``X (n_samples, n_features)`` with values of any kind that can be sorted; each column has
+    the categories that ``numpy.unique`` finds in it. NaN (None among objects) is a missing value.
 
     Parameters
     ----------
     handle_unknown
         What a category is, in new data, that was not in the fit: ``"missing"`` (a missing value),
         ``"warn"`` (the same, with a warning), or ``"error"``.
-{SETTINGS}{PRIOR}
-    Attributes
+    {settings}
+    {prior}
+
+    Attributes:
     ----------
     weights_
         ``(n_components,)``.
@@ -119,7 +125,8 @@ class LatentClass(WithPrior):
         For each column its categories, sorted.
     probs_
         For each column the probabilities of its categories, ``(n_components, n_categories)``.
-{ATTRIBUTES}"""
+    {attributes}
+    """
 
     def __init__(
         self,
@@ -156,7 +163,8 @@ class LatentClass(WithPrior):
         """Codes ``(n_samples, n_features)`` from 0; NaN where a value is missing."""
         if self.handle_unknown not in UNKNOWN:
             raise ValueError(
-                f"handle_unknown: expected one of {', '.join(UNKNOWN)}; got {self.handle_unknown!r}."
+                f"handle_unknown: expected one of {', '.join(UNKNOWN)};"
+                f" got {self.handle_unknown!r}."
             )
         values = validate_data(
             self,
@@ -197,7 +205,7 @@ class LatentClass(WithPrior):
         return codes
 
     def _learn(self, X: NDArray, weights: NDArray | None) -> None:
-        vars(self).pop("prior_", None)
+        self.__dict__.pop("prior_", None)
         if self.prior is not None:
             own = np.ones(len(X)) if weights is None else weights
             proportions = []
@@ -206,14 +214,13 @@ class LatentClass(WithPrior):
                 codes = column[seen].astype(np.intp)
                 counts = np.bincount(codes, own[seen], minlength=len(categories))
                 proportions.append(counts / counts.sum())
-            self.prior_ = [proportions, 1.0]
+            self.prior_ = proportions
 
     def _make_program(self) -> Program:
         sizes = [len(own) for own in self.categories_]
         if self.prior is None:
             return latent_class(int(self.n_components), sizes)
-        proportions, size = self.prior_
-        prior = CategoryPrior(tuple(map(torch.as_tensor, proportions)), size)
+        prior = CategoryPrior(tuple(torch.as_tensor(p) for p in self.prior_), SIZE)
         return latent_class(int(self.n_components), sizes, prior)
 
     def _take(self, params: Params, dtype: Any) -> None:

@@ -8,29 +8,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyroem.estimators import densities
-from pyroem.estimators.base import ATTRIBUTES, SETTINGS, Params
-from pyroem.estimators.priors import PRIOR, WithPrior
+from pyroem.estimators.base import Params
+from pyroem.estimators.priors import WithPrior
 from pyroem.estimators.programs import real_poisson_mixture
 from pyroem.models.assignments import Program
 from pyroem.models.counts import poisson_mixture
 
 
 class PoissonMixture(WithPrior):
-    __doc__ = f"""A mixture of Poisson distributions, whose columns are independent given the component.
+    """A mixture for counts, whose columns are Poisson, independent given the component.
 
         z_n ~ Categorical(weights),   x_nj | z_n = k ~ Poisson(rates_kj)
 
-    for counts ``X (n_samples, n_features)``; NaN is a missing value. Numbers >= 0 that are not whole
-    have the density ``x log(rate) - rate - log Gamma(x + 1)``, a likelihood up to a constant.
+    for counts ``X (n_samples, n_features)``; NaN is a missing value. Numbers >= 0 that are not
+    whole have the density ``x log(rate) - rate - log Gamma(x + 1)``, a likelihood up to a constant.
 
     Parameters
     ----------
-{SETTINGS}{PRIOR}
-    Attributes
+    {settings}
+    {prior}
+
+    Attributes:
     ----------
     weights_, rates_
         ``(n_components,)`` and ``(n_components, n_features)``.
-{ATTRIBUTES}"""
+    {attributes}
+    """
 
     def _read(self, X: Any, reset: bool = False) -> NDArray:
         X = super()._read(X, reset)

@@ -71,9 +71,7 @@ def _distances(X: Array, means: Array, cholesky: Array, form: str) -> tuple[Arra
     for p, pattern in enumerate(patterns):
         rows, seen = own.reshape(-1) == p, ~pattern
         part = _marginal(cholesky, form, seen)
-        squares[rows], log_det[rows] = _complete(
-            X[np.ix_(rows, seen)], means[:, seen], part, form
-        )
+        squares[rows], log_det[rows] = _complete(X[np.ix_(rows, seen)], means[:, seen], part, form)
     return squares, log_det
 
 

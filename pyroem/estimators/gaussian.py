@@ -12,7 +12,7 @@ from sklearn.utils import check_random_state
 
 from pyroem._pyro import isolated
 from pyroem.estimators import densities, initial
-from pyroem.estimators.base import ATTRIBUTES, Fitted, Params
+from pyroem.estimators.base import Fitted, Params
 from pyroem.estimators.labels import agreeing
 from pyroem.estimators.paced import LOWEST, PacedEM, in_step
 from pyroem.estimators.priors import WithPrior
@@ -32,13 +32,13 @@ FORMS = {  # mclust's name to the shape of covariances_
     **dict.fromkeys(("VII", "EII"), "spherical"),
 }
 ALIASES = {"diag": "diagonal"}
-PRIORS = {"VVV": "full", "EEE": "tied", "VVI": "diagonal", "VII": "spherical"}
+PRIORS: dict[str, Any] = {"VVV": "full", "EEE": "tied", "VVI": "diagonal", "VII": "spherical"}
 SKLEARN = ("kmeans", "k-means++", "random", "random_from_data")
 CAP = 1e-3  # of a column's variance: the most that reg_covar adds to it
 
 
 class GaussianMixture(WithPrior):
-    __doc__ = f"""A Gaussian mixture, in the place of ``sklearn.mixture.GaussianMixture``.
+    """A Gaussian mixture, in the place of ``sklearn.mixture.GaussianMixture``.
 
     It has that class's arguments, attributes and methods, and from the same start the same numbers
     after the same iterations. On purpose it differs in this:
@@ -91,14 +91,15 @@ class GaussianMixture(WithPrior):
     verbose_interval
         Has no effect: what is shown is shown once a second.
 
-    Attributes
+    Attributes:
     ----------
     weights_, means_
         ``(n_components,)`` and ``(n_components, n_features)``.
     covariances_, precisions_, precisions_cholesky_
         ``(n_components, n_features, n_features)``; of type "tied" ``(n_features, n_features)``, of
         diagonal types ``(n_components, n_features)``, of spherical types ``(n_components,)``.
-{ATTRIBUTES}"""
+    {attributes}
+    """
 
     names: ClassVar[Mapping[str, str]] = {"means": "loc"}
 
@@ -143,7 +144,7 @@ class GaussianMixture(WithPrior):
 
     @property
     def _mclust(self) -> str:
-        """mclust's name of the covariances."""
+        """The name of the covariances in mclust."""
         name = ALIASES.get(self.covariance_type, self.covariance_type)
         return NAMED.get(name, name)
 
@@ -178,11 +179,11 @@ class GaussianMixture(WithPrior):
             )
 
     def _learn(self, X: NDArray, weights: NDArray | None) -> None:
-        with np.errstate(invalid="ignore"):
-            own = np.ones(X.shape) if weights is None else weights[:, None] * np.ones(X.shape)
-            seen = np.ma.masked_invalid(X.astype(np.float64))
-            centre = np.ma.average(seen, axis=0, weights=own)
-            variance = np.ma.average((seen - centre) ** 2, axis=0, weights=own).filled(0.0)
+        own = np.where(np.isnan(X), 0.0, 1.0 if weights is None else weights[:, None])
+        total = np.maximum(own.sum(0), np.finfo(np.float64).tiny)
+        x = np.nan_to_num(X.astype(np.float64))
+        centre = (own * x).sum(0) / total
+        variance = (own * (x - centre) ** 2).sum(0) / total
         self._ridge = np.minimum(self.reg_covar, np.where(variance > 0, CAP * variance, np.inf))
         super()._learn(X, weights)
 

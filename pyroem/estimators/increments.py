@@ -55,11 +55,9 @@ class Increments(Mixture):
         Source: Cappe and Moulines (2009), J. R. Statist. Soc. B 71, 593-613.
         """
         running: Running | None = self.__dict__.get("_running")
-        X, args, weights = self._ready(
-            X, y, sample_weight, reset=running is None, labelled=True
-        )
+        X, args, weights = self._ready(X, y, sample_weight, reset=running is None, labelled=True)
         if running is None:
-            vars(self).pop("converged_", None)
+            self.__dict__.pop("converged_", None)
             self._accept(self._run(args, weights), X.dtype)
             every = -(-len(args[0]) // SAMPLE)
             sample = tuple(None if a is None else a[::every].clone() for a in args)
@@ -71,7 +69,7 @@ class Increments(Mixture):
         running, params, value = advance(problem, running, params, args, batch)
         self._take({n: v.numpy() for n, v in self._regularised(params).items()}, X.dtype)
         self._running, self._fit = running, None
-        vars(self).pop("report_", None)
+        self.__dict__.pop("report_", None)
         self.converged_, self.status_, self.n_iter_ = False, "max_iter", running.count
         self.lower_bound_, self.lower_bounds_ = value, [value]
         return self

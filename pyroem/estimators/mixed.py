@@ -9,14 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyroem.estimators import densities
-from pyroem.estimators.base import ATTRIBUTES, SETTINGS, Params
+from pyroem.estimators.base import Params
 from pyroem.estimators.increments import Increments
 from pyroem.models.assignments import Program
 from pyroem.models.mixed import KINDS, mixed_mixture
 
 
 class MixedMixture(Increments):
-    __doc__ = f"""A mixture for columns of different kinds, independent given the component.
+    """A mixture for columns of different kinds, independent given the component.
 
         z_n ~ Categorical(weights),   x_nj | z_n = k ~ the distribution of kinds[j]
 
@@ -27,10 +27,11 @@ class MixedMixture(Increments):
     kinds
         For each column ``"gaussian"``, ``"poisson"``, ``"bernoulli"``, or a number C of categories,
         whose values are 0, ..., C - 1. One such word stands for all columns. ``"auto"`` is for data
-        frames, whose types say it: floats are gaussian, booleans bernoulli, pandas' categories (that
-        are numbers from 0) categories; whole numbers could be anything and are refused.
-{SETTINGS}
-    Attributes
+        frames, whose types say it: floats are gaussian, booleans bernoulli, pandas' categories
+        (numbers from 0) categories; whole numbers could be anything and are refused.
+    {settings}
+
+    Attributes:
     ----------
     weights_
         ``(n_components,)``.
@@ -39,7 +40,8 @@ class MixedMixture(Increments):
     tables_
         For each column its parameters, one row for each component: mean and standard deviation,
         rate, probability, or the probabilities of the categories.
-{ATTRIBUTES}"""
+    {attributes}
+    """
 
     def __init__(
         self,
@@ -83,12 +85,14 @@ class MixedMixture(Increments):
         kinds = self.kinds
         if isinstance(kinds, str) and kinds == "auto":
             if types is None:
-                raise ValueError("kinds='auto': expected a data frame; give a kind for each column.")
+                raise ValueError(
+                    "kinds='auto': expected a data frame; give a kind for each column."
+                )
             return [kind_of(dtype, name) for name, dtype in dict(types).items()]
         one = isinstance(kinds, str | int | np.integer)
         found = [kinds] * columns if one else list(kinds)
         if len(found) != columns:
-            raise ValueError(f"kinds: expected one for each of {columns} columns; got {len(found)}.")
+            raise ValueError(f"kinds: expected one for each column, {columns}; got {len(found)}.")
         for kind in found:
             if kind not in KINDS and (isinstance(kind, str | bool) or not kind >= 1):
                 raise ValueError(
@@ -152,7 +156,7 @@ class MixedMixture(Increments):
         for kind, table in zip(self.kinds_, self.tables_, strict=True):
             own = table[k].astype(np.float64)
             if kind == "gaussian":
-                columns.append(rng.normal(*own, size=n))
+                columns.append(rng.normal(own[0], own[1], n))
             elif kind == "poisson":
                 columns.append(rng.poisson(own[0], n).astype(np.float64))
             elif kind == "bernoulli":

@@ -83,7 +83,7 @@ class Mixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, F
         X, args, weights = self._ready(X, y, sample_weight)
         self._accept(self._run(args, weights), X.dtype)
         for name in ("_running", "_posed"):
-            vars(self).pop(name, None)
+            self.__dict__.pop(name, None)
         return self
 
     def _ready(

@@ -11,9 +11,7 @@ from numpy.typing import NDArray
 from pyroem.estimators.increments import Increments
 from pyroem.models.priors import Prior, weak_prior
 
-PRIOR = """    prior
-        None, or ``"weak"``: a conjugate prior that counts as one row, shared between components.
-"""
+SIZE = 1.0  # rows that the prior counts for
 
 
 class WithPrior(Increments):
@@ -49,16 +47,16 @@ class WithPrior(Increments):
         self.prior = prior
 
     def _learn(self, X: NDArray, weights: NDArray | None) -> None:
-        vars(self).pop("prior_", None)
+        self.__dict__.pop("prior_", None)
         if self.prior is not None:
             found = weighted_prior(X, weights)
-            self.prior_ = [found.mean.numpy(), found.covariance.numpy(), found.size]
+            self.prior_ = [found.mean.numpy(), found.covariance.numpy()]
 
     def _own_prior(self) -> Prior | None:
         if self.prior is None:
             return None
-        mean, covariance, size = self.prior_
-        return Prior(torch.as_tensor(mean), torch.as_tensor(covariance), size)
+        mean, covariance = (torch.as_tensor(a) for a in self.prior_)
+        return Prior(mean, covariance, SIZE)
 
 
 def weighted_prior(X: NDArray, weights: NDArray | None) -> Prior:
@@ -67,8 +65,8 @@ def weighted_prior(X: NDArray, weights: NDArray | None) -> Prior:
     rows = X[complete].astype(np.float64)
     own = np.ones(len(rows)) if weights is None else weights[complete]
     if weights is None or len(rows) < 2 or own.sum() <= 1:
-        return weak_prior(torch.as_tensor(rows))
+        return weak_prior(torch.as_tensor(rows), SIZE)
     mean = np.average(rows, axis=0, weights=own)
     apart = rows - mean
     covariance = (own[:, None] * apart).T @ apart / (own.sum() - 1)
-    return Prior(torch.as_tensor(mean), torch.as_tensor(covariance), 1.0)
+    return Prior(torch.as_tensor(mean), torch.as_tensor(covariance), SIZE)

@@ -13,8 +13,6 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from pyroem.estimators.base import (
-    ATTRIBUTES,
-    SETTINGS,
     Fitted,
     Params,
     as_tensor,
@@ -32,14 +30,15 @@ FAMILIES = ("gaussian", "poisson", "binomial")
 
 
 class MixtureOfRegressions(RegressorMixin, Fitted):
-    __doc__ = f"""A mixture of K regressions of ``y`` on ``X``, without knowing which row is whose.
+    """A mixture of K regressions of ``y`` on ``X``, without knowing which row is whose.
 
         z_n ~ Categorical(weights),   eta_nk = intercept_k + coef_k . x_n
         y_n | z_n = k  ~  Normal(eta_nk, scale_k), Poisson(exp(eta_nk)) or Binomial(1, logit eta_nk)
 
     As a regressor it predicts the mean of the mixture, and ``score`` is R squared. What asks about
-    components needs ``y`` too, and has names that no regressor of scikit-learn has:
-    ``responsibilities(X, y)``, ``predict_component(X, y)``, ``log_prob(X, y)``; ``labels`` in ``fit`` say which component some rows belong to.
+    components needs ``y`` too, and has names that scikit-learn's checks allow a regressor:
+    ``responsibilities(X, y)``, ``predict_component(X, y)``, ``log_prob(X, y)``. ``labels`` in
+    ``fit`` say which component some rows belong to.
 
     Parameters
     ----------
@@ -49,8 +48,9 @@ class MixtureOfRegressions(RegressorMixin, Fitted):
         Whether each regression has an intercept.
     concomitant
         Whether the weights depend on ``X`` by a softmax gate (a mixture of experts).
-{SETTINGS}
-    Attributes
+    {settings}
+
+    Attributes:
     ----------
     coef_, intercept_
         ``(n_components, n_features)`` and ``(n_components,)``.
@@ -60,7 +60,8 @@ class MixtureOfRegressions(RegressorMixin, Fitted):
         Of a mixture of experts: the coefficients of the gate, the intercept first if there is one.
     scale_
         ``(n_components,)``, of the Gaussian family.
-{ATTRIBUTES}"""
+    {attributes}
+    """
 
     def __init__(
         self,
@@ -96,9 +97,7 @@ class MixtureOfRegressions(RegressorMixin, Fitted):
     def _check_settings(self, rows: int) -> None:
         super()._check_settings(rows)
         if self.family not in FAMILIES:
-            raise ValueError(
-                f"family: expected one of {', '.join(FAMILIES)}; got {self.family!r}."
-            )
+            raise ValueError(f"family: expected one of {', '.join(FAMILIES)}; got {self.family!r}.")
 
     def _read(self, X: Any, y: Any, reset: bool = False) -> tuple[NDArray, NDArray]:
         X, y = validate_data(
@@ -229,7 +228,7 @@ class MixtureOfRegressions(RegressorMixin, Fitted):
         return self._means(self._covariates(X))
 
     def responsibilities(self, X: Any, y: Any = None) -> NDArray:
-        """``p(k | x, y)``, rows by components; without ``y`` what is expected before: ``p(k | x)``."""
+        """``p(k | x, y)``, rows by components; without ``y`` that is ``p(k | x)``."""
         if y is None:
             return np.exp(self._log_weights(self._covariates(X)))
         return responsibilities(self._log_joint(X, y))

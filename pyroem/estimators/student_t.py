@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pyroem.em import EM
 from pyroem.estimators import densities
-from pyroem.estimators.base import ATTRIBUTES, SETTINGS, Params
+from pyroem.estimators.base import Params
 from pyroem.estimators.mixture import Mixture
 from pyroem.models.assignments import Program
 from pyroem.models.student_t import student_t_mixture
+from pyroem.solver import Solver
 
 COVARIANCES = ("full", "tied", "diag", "spherical")
 
 
 class StudentTMixture(Mixture):
-    __doc__ = f"""A mixture of Student's t distributions: clusters with heavy tails.
+    """A mixture of Student's t distributions: clusters with heavy tails.
 
         z_n ~ Categorical(weights),   x_n | z_n = k ~ t(df_k, location_k, scale_k)
 
-    for ``X (n_samples, n_features)``; NaN is a missing value.
+    for ``X (n_samples, n_features)``; NaN is a missing value. Where a component has light tails its
+    degrees of freedom run off to infinity, along which the likelihood hardly changes: EM is
+    accelerated (Anderson), and only the log-likelihood says when it stops. There is no
+    ``partial_fit``: the statistics of a t distribution are not of fixed size.
 
     Parameters
     ----------
@@ -30,15 +37,17 @@ class StudentTMixture(Mixture):
         ``"diag"`` or ``"spherical"``: columns that are independent t given the component.
     df
         None: the degrees of freedom are found, one number for each component; or given.
-{SETTINGS}
-    Attributes
+    {settings}
+
+    Attributes:
     ----------
     weights_, locations_, df_
         ``(n_components,)``, ``(n_components, n_features)``, ``(n_components,)``.
     scales_, precisions_cholesky_
         Squared scales (where ``df > 2``, the covariance is ``df / (df - 2)`` times that), and the
         Cholesky factors of their inverses, in the shapes of :class:`GaussianMixture`'s.
-{ATTRIBUTES}"""
+    {attributes}
+    """
 
     def __init__(
         self,
@@ -78,6 +87,12 @@ class StudentTMixture(Mixture):
                 f"covariance_type: expected one of {', '.join(COVARIANCES)}; got"
                 f" {self.covariance_type!r}."
             )
+
+    def _solver(self, held: tuple[str, ...]) -> Solver:
+        solver = super()._solver(held)
+        if not isinstance(solver, EM):
+            return solver
+        return replace(solver, accelerate="anderson", param_tol=sys.float_info.max)
 
     @property
     def _matrix(self) -> bool:
