@@ -182,7 +182,7 @@ class LatentClass(WithPrior):
             self.categories_ = [categories_of(column, j) for j, column in enumerate(values.T)]
         pairs = zip(values.T, self.categories_, strict=True)
         codes = [self._codes(column, own, j) for j, (column, own) in enumerate(pairs)]
-        return np.stack(codes, 1)
+        return np.stack(codes, 1).astype(np.float32 if values.dtype == np.float32 else np.float64)
 
     def _codes(self, column: NDArray, categories: NDArray, j: int) -> NDArray:
         missing = is_missing(column)

@@ -165,6 +165,9 @@ class GaussianMixture(WithPrior):
                 f"init_params: expected one of auto, {', '.join(SKLEARN)}; got"
                 f" {self.init_params!r}."
             )
+        whole = isinstance(self.max_iter, int | np.integer) and not isinstance(self.max_iter, bool)
+        if not whole or self.max_iter < 0:
+            raise ValueError(f"max_iter: expected a whole number >= 0; got {self.max_iter!r}.")
         if not self.reg_covar >= 0:
             raise ValueError(f"reg_covar: expected a number >= 0; got {self.reg_covar!r}.")
         if self.prior is not None and self._mclust not in PRIORS:
