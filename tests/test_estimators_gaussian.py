@@ -16,7 +16,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from pyroem.estimators import GaussianMixture, MixedMixture, PoissonMixture
-from pyroem.estimators.gaussian import FORMS
+from pyroem.estimators.shapes import FORMS
 
 rng = np.random.default_rng(0)
 N = 200
@@ -103,6 +103,7 @@ def test_the_default_start_is_no_worse() -> None:
 
 
 def test_starting_values_that_make_no_sense() -> None:
+    wrong: dict[str, Any] = {"covariance_type": "wide", "prior": "strong", "reg_covar": -1}
     for weights, message in (
         ([[0.5], [0.5]], r"should have the shape of \(2,\), but got \(2, 1\)"),
         ([1.2, 0.3], re.escape("range [0, 1], but got max value 1.20000, min value 0.30000")),
@@ -114,7 +115,7 @@ def test_starting_values_that_make_no_sense() -> None:
         GaussianMixture(2, covariance_type="VEE", precisions_init=np.ones(2)).fit(X)
     with pytest.raises(ValueError, match="missing values"):
         GaussianMixture(2, init_params="kmeans").fit(np.where(X > 14, np.nan, X))
-    for name, value in {"covariance_type": "wide", "prior": "strong", "reg_covar": -1}.items():
+    for name, value in wrong.items():
         with pytest.raises(ValueError, match=name):
             GaussianMixture(2, **{name: value}).fit(X)
     with pytest.raises(ValueError, match="'loc'"):
@@ -138,29 +139,51 @@ def test_columns_on_small_scales_survive(covariance_type: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(FORMS))
 def test_all_covariances(name: str) -> None:
-    found = GaussianMixture(2, covariance_type=name, random_state=0).fit(X)
+    few = X[:80]
+    found = GaussianMixture(2, covariance_type=name, random_state=0).fit(few)
     assert found.converged_
-    assert (
-        found.covariances_.shape
-        == {
-            "full": (2, 3, 3),
-            "tied": (3, 3),
-            "diag": (2, 3),
-            "spherical": (2,),
-        }[FORMS[name]]
-    )
-    assert found.score(X) > GaussianMixture(1, covariance_type=name).fit(X).score(X)
-    again = GaussianMixture(2, covariance_type=name, init_params="kmeans", random_state=0).fit(X)
-    assert again.score(X) <= found.score(X) + 1e-3
+    shapes = {"full": (2, 3, 3), "tied": (3, 3), "diag": (2, 3), "spherical": (2,)}
+    assert found.covariances_.shape == shapes[FORMS[name]]
+    assert found.score(few) > GaussianMixture(1, covariance_type=name).fit(few).score(few)
+    assert clone(found).set_params(init_params="kmeans").fit(few).converged_
 
 
-def test_a_prior_keeps_components_apart_from_points() -> None:
+@pytest.mark.parametrize(
+    ("name", "mclust"),
+    [("tied-diagonal", "EEI"), ("tied-spherical", "EII"), ("diagonal", "VVI"), ("diag", "VVI")],
+)
+def test_other_names_of_covariances(name: str, mclust: str) -> None:
+    one = GaussianMixture(2, covariance_type=name, random_state=0).fit(X)
+    other = GaussianMixture(2, covariance_type=mclust, random_state=0).fit(X)
+    assert_array_equal(one.covariances_, other.covariances_)
+
+
+@four
+def test_a_prior_keeps_components_apart_from_points(covariance_type: str) -> None:
     twin = np.concatenate([np.repeat(X[:1], 8, 0), X[:60]])
-    with pytest.warns(ConvergenceWarning, match="degenerate"):
-        GaussianMixture(2, reg_covar=0, means_init=[X[0], X.mean(0)]).fit(twin)
-    held = GaussianMixture(2, prior="weak", random_state=0).fit(twin)
+    held = GaussianMixture(2, covariance_type=covariance_type, prior="weak", random_state=0)
+    held.fit(twin)
     assert held.converged_
-    assert np.linalg.eigvalsh(held.covariances_).min() > 1e-3
+    spread = (
+        np.diagonal(held.covariances_, axis1=-2, axis2=-1)
+        if held.covariances_.ndim == 3
+        else (held.covariances_)
+    )
+    assert spread.min() > 1e-2
+    fit = held.fit_result_
+    assert_allclose(held.score_samples(twin), fit.log_prob(), rtol=1e-8)
+    assert_allclose(held.result_on(twin).log_joint, fit.log_joint, rtol=1e-9)
+    assert_allclose(held.lower_bound_, fit.log_joint / len(twin), atol=1e-7)
+
+
+def test_a_collapse_is_said() -> None:
+    twin = np.concatenate([np.repeat(X[:1], 8, 0), X[:60]])
+    start: dict[str, Any] = {"weights_init": [0.2, 0.8], "means_init": [X[0], X.mean(0)]}
+    start["precisions_init"] = np.stack([1e6 * np.eye(3), np.eye(3)])
+    with pytest.warns(ConvergenceWarning, match=r"degenerate.*collapsed"):
+        found = GaussianMixture(2, reg_covar=0, **start).fit(twin)
+    assert not found.converged_
+    assert found.status_ == "degenerate"
 
 
 def test_what_is_held() -> None:

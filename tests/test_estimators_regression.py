@@ -17,7 +17,7 @@ from pyroem import estimators
 from pyroem.estimators import MixtureOfRegressions
 
 rng = np.random.default_rng(0)
-N = 200
+N = 100
 X = rng.normal(size=(N, 2))
 Z = rng.integers(0, 2, N)
 ETA = np.where(Z == 0, 1 + 1.5 * X[:, 0], -1.0 - X[:, 1])
@@ -26,12 +26,16 @@ Y = {
     "poisson": rng.poisson(np.exp(0.8 * ETA + 1)).astype(float),
     "binomial": (rng.uniform(size=N) < 1 / (1 + np.exp(-3 * ETA))).astype(float),
 }
+SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
+    "gaussian": ({}, "gaussian"),
+    "poisson": ({"family": "poisson"}, "poisson"),
+    "binomial": ({"family": "binomial"}, "binomial"),
+    "no intercept": ({"fit_intercept": False}, "gaussian"),
+    "experts": ({"concomitant": True}, "gaussian"),
+}
 CASES = {
-    "gaussian": (MixtureOfRegressions(2, random_state=0), "gaussian"),
-    "poisson": (MixtureOfRegressions(2, family="poisson", random_state=0), "poisson"),
-    "binomial": (MixtureOfRegressions(2, family="binomial", random_state=0), "binomial"),
-    "no intercept": (MixtureOfRegressions(2, fit_intercept=False, random_state=0), "gaussian"),
-    "experts": (MixtureOfRegressions(2, concomitant=True, random_state=0), "gaussian"),
+    name: (MixtureOfRegressions(2, init="kmeans", random_state=0, **own), family)
+    for name, (own, family) in SETTINGS.items()
 }
 each = pytest.mark.parametrize("name", list(CASES))
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
@@ -41,7 +45,7 @@ _fits: dict[str, Any] = {}
 def fitted(name: str) -> tuple[Any, np.ndarray]:
     estimator, family = CASES[name]
     if name not in _fits:
-        _fits[name] = clone(estimator).set_params(max_iter=200).fit(X, Y[family])
+        _fits[name] = clone(estimator).set_params(max_iter=60).fit(X, Y[family])
     return _fits[name], Y[family]
 
 

@@ -38,12 +38,12 @@ LAYERS: list[set[str]] = [
     {"solver"},
     {"em", "gradient", "stepwise"},
     {"api", "compare"},
-    {"plot"},
+    {"plot", "estimators"},
     {"__init__"},
     {"cli"},
     {"__main__"},
 ]
-FACES = {"plot", "cli", "__main__"}
+FACES = {"plot", "cli", "estimators", "__main__"}
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

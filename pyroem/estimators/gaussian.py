@@ -17,22 +17,15 @@ from pyroem.estimators.labels import agreeing
 from pyroem.estimators.paced import LOWEST, PacedEM, in_step
 from pyroem.estimators.priors import WithPrior
 from pyroem.estimators.programs import labelled_gaussian_mixture
+from pyroem.estimators.shapes import ALIASES, PRIORS, Shape
 from pyroem.fit import Fit
 from pyroem.loop import Status
 from pyroem.models.assignments import Program
 from pyroem.models.bayesian import bayesian_gaussian_mixture
-from pyroem.models.gaussian import COVARIANCES, NAMED
+from pyroem.models.gaussian import COVARIANCES
 from pyroem.solver import Solver
 from pyroem.starts import starts
 
-FORMS = {  # mclust's name to the shape of covariances_
-    **dict.fromkeys(COVARIANCES, "full"),
-    "EEE": "tied",
-    **dict.fromkeys(("VVI", "EEI", "VEI", "EVI"), "diag"),
-    **dict.fromkeys(("VII", "EII"), "spherical"),
-}
-ALIASES = {"diag": "diagonal"}
-PRIORS: dict[str, Any] = {"VVV": "full", "EEE": "tied", "VVI": "diagonal", "VII": "spherical"}
 SKLEARN = ("kmeans", "k-means++", "random", "random_from_data")
 CAP = 1e-3  # of a column's variance: the most that reg_covar adds to it
 
@@ -143,15 +136,8 @@ class GaussianMixture(WithPrior):
         self.verbose_interval = verbose_interval
 
     @property
-    def _mclust(self) -> str:
-        """The name of the covariances in mclust."""
-        name = ALIASES.get(self.covariance_type, self.covariance_type)
-        return NAMED.get(name, name)
-
-    @property
-    def _form(self) -> str:
-        """The shape of ``covariances_``, as scikit-learn names it."""
-        return FORMS[self._mclust]
+    def _shape(self) -> Shape:
+        return Shape(self.covariance_type, self.prior is not None)
 
     def _check_settings(self, rows: int) -> None:
         super()._check_settings(rows)
@@ -170,12 +156,12 @@ class GaussianMixture(WithPrior):
             raise ValueError(f"max_iter: expected a whole number >= 0; got {self.max_iter!r}.")
         if not self.reg_covar >= 0:
             raise ValueError(f"reg_covar: expected a number >= 0; got {self.reg_covar!r}.")
-        if self.prior is not None and self._mclust not in PRIORS:
+        if self.prior is not None and self._shape.mclust not in PRIORS:
             raise ValueError(
                 "prior: expected covariance_type full, tied, diag or spherical; got"
                 f" {self.covariance_type!r}."
             )
-        if self.precisions_init is not None and self._mclust not in PRIORS:
+        if self.precisions_init is not None and self._shape.mclust not in PRIORS:
             raise ValueError(
                 "precisions_init: expected covariance_type full, tied, diag or spherical; got"
                 f" {self.covariance_type!r}."
@@ -193,65 +179,39 @@ class GaussianMixture(WithPrior):
     def _make_program(self) -> Program:
         K, prior = int(self.n_components), self._own_prior()
         if prior is None:
-            return labelled_gaussian_mixture(K, self._mclust)
-        return bayesian_gaussian_mixture(K, prior, PRIORS[self._mclust])
-
-    @property
-    def _spread(self) -> str:
-        """The program's parameter for covariances."""
-        if self.prior is not None:
-            return "precision" if self._form in ("full", "tied") else "variance"
-        if self._mclust in ("VEI", "EVI"):
-            return "variance"
-        return "covariance" if self._form in ("full", "tied") else "scale"
-
-    def _covariances(self, value: NDArray) -> NDArray:
-        """``covariances_`` from the program's parameter."""
-        K = self.n_components
-        if self._spread == "precision":
-            return np.linalg.inv(value)
-        value = value**2 if self._spread == "scale" else value
-        if self._mclust in ("EEI", "EII"):
-            value = np.broadcast_to(value, (K, *value.shape[1:]))
-        return np.ascontiguousarray(value)
-
-    def _parameter(self, covariances: NDArray) -> NDArray:
-        """The program's parameter from ``covariances_``."""
-        if self._spread == "precision":
-            return np.linalg.inv(covariances)
-        if self._spread == "scale":
-            scale = np.sqrt(covariances)
-            return {"EEI": scale[:1], "EII": scale[0]}.get(self._mclust, scale)
-        return covariances
+            return labelled_gaussian_mixture(K, self._shape.mclust)
+        return bayesian_gaussian_mixture(K, prior, PRIORS[self._shape.mclust])
 
     def _take(self, params: Params, dtype: Any) -> None:
-        covariances = self._covariances(params[self._spread])
+        covariances = self._shape.covariances(params[self._shape.spread], self.n_components)
         try:
-            cholesky = densities.precision_cholesky(covariances, self._form)
+            cholesky = densities.precision_cholesky(covariances, self._shape.form)
         except np.linalg.LinAlgError as error:
             raise ValueError(initial.SINGULAR) from error
         self.weights_ = params["weights"].astype(dtype)
         self.means_ = np.ascontiguousarray(params["loc"].astype(dtype))
         self.covariances_ = covariances.astype(dtype)
         self.precisions_cholesky_ = cholesky.astype(dtype)
-        matrix = self._form in ("full", "tied")
+        matrix = self._shape.form in ("full", "tied")
         precisions = cholesky @ np.swapaxes(cholesky, -1, -2) if matrix else cholesky**2
         self.precisions_ = precisions.astype(dtype)
 
     def _give(self) -> Params:
         params = {"weights": self.weights_, "loc": self.means_}
-        params[self._spread] = self._parameter(np.asarray(self.covariances_, dtype=np.float64))
+        params[self._shape.spread] = self._shape.parameter(
+            np.asarray(self.covariances_, dtype=np.float64)
+        )
         found = {n: np.asarray(v, dtype=np.float64) for n, v in params.items()}
         found["weights"] = found["weights"] / found["weights"].sum()
         return found
 
     def _log_density(self, X: NDArray) -> NDArray:
-        return densities.gaussian(X, self.means_, self.precisions_cholesky_, self._form)
+        return densities.gaussian(X, self.means_, self.precisions_cholesky_, self._shape.form)
 
     def _draw(self, rng: np.random.RandomState, k: int, n: int) -> NDArray:
         mean = self.means_[k]
-        covariance = self.covariances_ if self._form == "tied" else self.covariances_[k]
-        if self._form in ("full", "tied"):
+        covariance = self.covariances_ if self._shape.form == "tied" else self.covariances_[k]
+        if self._shape.form in ("full", "tied"):
             return rng.multivariate_normal(mean, covariance, n)
         return mean + rng.standard_normal(size=(n, len(mean))) * np.sqrt(covariance)
 
@@ -262,16 +222,18 @@ class GaussianMixture(WithPrior):
         means = None if means is None else initial.check_means(means, K, D)
         if precisions is None:
             return weights, means, None
-        precisions = initial.check_precisions(precisions, self._form, K, D).astype(np.float64)
-        matrix = self._form in ("full", "tied")
+        precisions = initial.check_precisions(precisions, self._shape.form, K, D).astype(np.float64)
+        matrix = self._shape.form in ("full", "tied")
         return weights, means, np.linalg.inv(precisions) if matrix else 1 / precisions
 
     def _inits(self, args: tuple[Any, ...], weights: NDArray | None) -> Iterator[Any]:
         """The starts, one after the other, as the core takes them; ``"auto"`` is one."""
         X, K = args[0].numpy(), int(self.n_components)
-        own = dict(zip(("weights", "loc", self._spread), self._given(K, X.shape[1]), strict=True))
-        if own[self._spread] is not None:
-            own[self._spread] = self._parameter(own[self._spread])
+        own = dict(
+            zip(("weights", "loc", self._shape.spread), self._given(K, X.shape[1]), strict=True)
+        )
+        if own[self._shape.spread] is not None:
+            own[self._shape.spread] = self._shape.parameter(own[self._shape.spread])
         given = {n: v.astype(np.float64) for n, v in own.items() if v is not None}
         if self._warm():
             yield self._give()
@@ -289,18 +251,18 @@ class GaussianMixture(WithPrior):
         labels = None if labels is None or not (labels >= 0).any() else labels
         for _ in range(int(self.n_init)):
             resp = initial.first_responsibilities(X, K, self.init_params, rng, weights)
-            simple = self.prior is None and self._mclust in PRIORS
+            simple = self.prior is None and shape.mclust in PRIORS
             if self.init_params in initial.SEEDS and (labels is not None or not simple):
                 resp = initial.nearest_seed(X, resp)
             resp = resp if labels is None else agreeing(resp, labels)
             if not simple:
                 yield {"z": resp, **given}
                 continue
-            found = initial.moments(X, resp, weights, self._form, self._ridge)
-            if self._spread not in given:
-                initial.check_regular(found[2], self._form)
+            found = initial.moments(X, resp, weights, shape.form, self._ridge)
+            if shape.spread not in given:
+                initial.check_regular(found[2], shape.form)
             start = dict(zip(("weights", "loc"), found[:2], strict=True))
-            yield {**start, self._spread: self._parameter(found[2]), **given}
+            yield {**start, shape.spread: shape.parameter(found[2]), **given}
 
     def _held(self, init: Any) -> tuple[str, ...]:
         given = {
@@ -315,13 +277,13 @@ class GaussianMixture(WithPrior):
         missing = [n for n in fixed if given[n] is None and not isinstance(init, Mapping)]
         if missing:
             raise ValueError(f"fixed: {missing[0]!r} is held, so give {missing[0]}_init.")
-        own = {"weights": "weights", "means": "loc", "precisions": self._spread}
+        own = {"weights": "weights", "means": "loc", "precisions": self._shape.spread}
         return tuple(own[n] for n in fixed)
 
     def _solver(self, held: tuple[str, ...]) -> Solver:
         if self.solver == "map":
             return super()._solver(held)
-        ridged = self.prior is None and self._mclust in (*PRIORS, "EEI", "EII")
+        ridged = self.prior is None and self._shape.mclust in (*PRIORS, "EEI", "EII")
         return PacedEM(
             tol=self.tol,
             max_iter=max(int(self.max_iter), 1),
@@ -367,4 +329,4 @@ class GaussianMixture(WithPrior):
             return self.n_parameters_
         K, D = self.means_.shape
         own = {"full": K * D * (D + 1) // 2, "tied": D * (D + 1) // 2, "diag": K * D}
-        return own.get(self._form, K) + K * D + K - 1
+        return own.get(self._shape.form, K) + K * D + K - 1
