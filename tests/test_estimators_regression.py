@@ -86,7 +86,7 @@ def test_the_components_are_found() -> None:
     assert estimator.converged_
     own = np.column_stack([estimator.intercept_, estimator.coef_])
     own = own[own[:, 0].argsort()]
-    assert_allclose(own, [[-1, 0, -1], [1, 1.5, 0]], atol=0.15)
+    assert_allclose(own, np.array([[-1.0, 0.0, -1.0], [1.0, 1.5, 0.0]]), atol=0.15)
     assert_allclose(estimator.scale_, 0.3, atol=0.08)
     right = (estimator.predict_component(X, y) == Z).mean()
     assert max(right, 1 - right) > 0.9

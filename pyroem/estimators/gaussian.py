@@ -228,12 +228,11 @@ class GaussianMixture(WithPrior):
 
     def _inits(self, args: tuple[Any, ...], weights: NDArray | None) -> Iterator[Any]:
         """The starts, one after the other, as the core takes them; ``"auto"`` is one."""
-        X, K = args[0].numpy(), int(self.n_components)
-        own = dict(
-            zip(("weights", "loc", self._shape.spread), self._given(K, X.shape[1]), strict=True)
-        )
-        if own[self._shape.spread] is not None:
-            own[self._shape.spread] = self._shape.parameter(own[self._shape.spread])
+        X, K, shape = args[0].numpy(), int(self.n_components), self._shape
+        values = self._given(K, X.shape[1])
+        own = dict(zip(("weights", "loc", shape.spread), values, strict=True))
+        if own[shape.spread] is not None:
+            own[shape.spread] = shape.parameter(own[shape.spread])
         given = {n: v.astype(np.float64) for n, v in own.items() if v is not None}
         if self._warm():
             yield self._give()
