@@ -273,15 +273,17 @@ def match(fit: Fit, reference: Fit) -> Params:
         b = reference.problem.sample.marginals(params)
     for group in reference.problem.groups:
         k = group.num_states
-        if not group.axes and not group.complements:
+        if group.movable < 2 or not (group.axes or group.complements):
             continue
         overlap = torch.zeros((k, k), dtype=structure.program.dtype)
         for z in group.assignments:
             overlap += a[z].reshape(-1, k).T @ b[z].reshape(-1, k)
         if not overlap.isfinite().all():
             continue
-        _, order = linear_sum_assignment(overlap.numpy(), maximize=True)
-        params = permute(params, group, torch.as_tensor(order))
+        order = torch.arange(k)
+        free = overlap[: group.movable, : group.movable]
+        order[: group.movable] = torch.as_tensor(linear_sum_assignment(free, maximize=True)[1])
+        params = permute(params, group, order)
     return params
 
 

@@ -205,15 +205,21 @@ def _evi(n: Tensor, s: Tensor) -> Tensor:
 
 
 def _multipliers(n: Tensor, s: Tensor, volume: Tensor) -> Tensor:
-    """``m_k < min_d n_kd`` at which ``prod_d s_kd / (n_kd - m_k) = volume^D``: by bisection."""
+    """``m_k < min_d n_kd`` at which ``prod_d s_kd / (n_kd - m_k) = volume^D``.
+
+    By Newton's method in ``u = log(min_d n_kd - m_k)``: the logarithm of the product is convex in
+    it, with a slope from 1 to D.
+    """
     target = (s.clamp(min=1e-300).log() - volume.log()).sum(1, keepdim=True)
-    high = n.amin(1, keepdim=True)
-    low = high - 1 - (target / n.shape[1]).exp() - n.amax(1, keepdim=True)
-    for _ in range(200):
-        middle = (low + high) / 2
-        above = (n - middle).clamp(min=1e-300).log().sum(1, keepdim=True) > target
-        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
-    return (low + high) / 2
+    least = n.amin(1, keepdim=True)
+    u = target / n.shape[1]
+    for _ in range(SWEEPS):
+        rest = n - least + u.exp()
+        step = (rest.log().sum(1, keepdim=True) - target) / (u.exp() / rest).sum(1, keepdim=True)
+        u = u - step
+        if not bool(step.abs().max() > SETTLED):
+            break
+    return least - u.exp()
 
 
 def _determinant_root(w: Tensor) -> Tensor:

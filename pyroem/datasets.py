@@ -1,7 +1,8 @@
 """Small data sets that ship with the package, and a strict reader for CSV files.
 
 A table is a pair: the names of its columns, and its values as a float64 tensor ``[N, D]``.
-Nothing is guessed silently: a cell that is not a finite number is an error that names it.
+An empty cell, NA and the like are missing values: NaN. Nothing else is guessed silently: a cell
+that is neither missing nor a finite number is an error that names it.
 """
 
 from __future__ import annotations
@@ -55,10 +56,11 @@ def read_csv(path: str | Path, columns: Sequence[Column] | None = None) -> Table
 
     The file is UTF-8 text whose first line names the columns; cells are separated by commas,
     semicolons or tabs. ``columns`` are names, or positions counted from 1. Without them, the
-    columns in which every cell is a finite number are taken; `left_out` tells of the others.
+    columns that have a number are taken; `left_out` tells of the others.
 
     Raises:
-        DataError: the file is no such table, or a chosen cell is not a finite number.
+        DataError: the file is no such table, or a chosen cell is neither missing nor a finite
+            number.
         OSError: the file cannot be read.
     """
     return _table(_read(path), columns)
@@ -84,18 +86,24 @@ class _Sheet:
         return self.header[index] or f"column {index + 1}"
 
     def bad_cells(self, index: int) -> list[tuple[int, str, str]]:
-        """``(line, text, problem)`` for each cell of a column that is not a finite number."""
-        cells = (row[index].strip() for row in self.rows)
-        located = zip(self.lines, cells, strict=True)
-        return [(line, cell, problem) for line, cell in located if (problem := _problem(cell))]
+        """``(line, text, problem)`` for each cell that is neither missing nor a finite number."""
+        located = zip(self.lines, self._cells(index), strict=True)
+        return [
+            (line, cell, problem)
+            for line, cell in located
+            if (problem := _problem(cell)) and not _missing(cell)
+        ]
+
+    def _cells(self, index: int) -> list[str]:
+        return [row[index].strip() for row in self.rows]
 
     def reason_to_leave_out(self, index: int) -> str | None:
         if not self.header[index]:
             return "it has no name"
-        bad = self.bad_cells(index)
-        if len(bad) < len(self.rows):
+        bad, cells = self.bad_cells(index), self._cells(index)
+        if any(_problem(cell) is None for cell in cells):
             return None  # a column with numbers: a bad cell in it is an error
-        return f"line {bad[0][0]}: {bad[0][1]!r} is {bad[0][2]}"
+        return f"line {bad[0][0]}: {bad[0][1]!r} is {bad[0][2]}" if bad else "it is empty"
 
     def find(self, column: Column) -> int:
         """The index of a column, by name or by position counted from 1."""
@@ -123,7 +131,7 @@ class _Sheet:
                 f"{self.source}, column {self.title(index)!r}, line {line}: "
                 f"expected a finite number; got {text!r}, which is {problem}{more}."
             )
-        return [float(row[index]) for row in self.rows]
+        return [math.nan if _missing(cell) else float(cell) for cell in self._cells(index)]
 
 
 def _table(sheet: _Sheet, columns: Sequence[Column] | None) -> Table:
@@ -220,9 +228,13 @@ def _delimiter(text: str) -> str:
     return max(DELIMITERS, key=score)
 
 
+def _missing(text: str) -> bool:
+    return text.lower() in MISSING
+
+
 def _problem(text: str) -> str | None:
     """Why a cell is not a finite number, or None if it is one."""
-    if text.lower() in MISSING:
+    if _missing(text):
         return "missing"
     try:
         number = float(text)

@@ -86,7 +86,7 @@ def _on_missing(problem: Problem) -> list[str]:
     return [
         f"Missing: {m.cells} of the {m.total} values of '{name}'{sample} (NaN), taken as missing at"
         " random."
-        for name, m in problem.sample.structure.program.missing.items()
+        for name, m in (problem.sample.structure.program.missing or {}).items()
     ]
 
 

@@ -15,7 +15,7 @@ import torch
 from pyro import distributions as dist
 from torch import Tensor
 
-from pyroem import sequences
+from pyroem import imputation, sequences
 from pyroem._pyro import Enumerated, isolated, unwrap
 from pyroem.blocks import is_source
 from pyroem.errors import ModelError, SettingError
@@ -320,6 +320,31 @@ class Fit:
         if not structure.factor_sites <= structure.chained:
             found = found + decode.log_likelihoods_outside(structure, self._run(structure))
         return found * float(self.problem.plan.reading.traces[0].scale)
+
+    def impute(self, *args: Any, draws: int | None = None, seed: int = 0, **kwargs: Any) -> Any:
+        """The data with its missing values (NaN) filled in, given what is seen of each row.
+
+        By what is expected there, ``sum_k p(z = k | seen) E[x | z = k, seen]``, in a
+        ``Categorical`` site by the most probable category; with ``draws``, so many times at random
+        (first dim), the assignments drawn from their posterior and the values given them. A cell
+        that the program masks is missing too. One tensor, shaped as the data, where one observation
+        has missing values, else a dict by observation; of a chain the plates of its sequences, then
+        the steps.
+
+        Raises:
+        ------
+        ModelError
+            For ``draws`` of a chain, and where nothing is missing.
+        """
+        if draws is not None and (isinstance(draws, bool) or draws < 1):
+            raise SettingError(f"impute: draws must be a positive integer, got {draws!r}.")
+        structure = self._structure(args, kwargs)
+        if not structure.program.missing:
+            raise ModelError("impute: no value is missing.")
+        with isolated(structure.program.dtype, seed), torch.no_grad():
+            if draws is not None:
+                return _single(imputation.draws(structure, self.params, draws))
+            return _single(imputation.means(structure, self.params))
 
     def sample(self, n: int | None = None, *, seed: int = 0) -> dict[str, Tensor]:
         """Draw assignments and observations from the fitted program.

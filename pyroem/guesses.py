@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from pyroem._pyro import align
@@ -21,6 +22,7 @@ from pyroem.structure import Params
 from pyroem.symmetry import StateGroup
 
 HANDFUL = 10  # rows that seed a state of a random start
+NEVER = -60.0  # nats by which a state that is excluded lies behind
 CERTAINTY = 0.95  # what a k-means label weighs against the other states
 
 Evidence = dict[str, Tensor]  # assignment -> probabilities, plates then states
@@ -61,6 +63,8 @@ def guessed(
             size = int(torch.Size(shape).numel())
             evidence[z] = soft[at : at + size].reshape((*shape, group.num_states))
             at += size
+    for group in problem.groups:
+        evidence.update(_agreeing(problem, group, evidence))
     return problem.clip(from_evidence(problem, pooled, evidence, importance, only))
 
 
@@ -86,18 +90,63 @@ def guessed_together(
         other = (1 - CERTAINTY) / max(k - 1, 1)
         posterior = torch.full((count, k, rows), other, dtype=seen.dtype)
         posterior.scatter_(1, labels.unsqueeze(1), CERTAINTY if k > 1 else 1.0)
+        told = _told(problem, z)
+        if told is not None:
+            posterior = torch.stack([_renamed(p.T, told).T for p in posterior])
     else:
         parts = []
         for seed in seeds:
             evidence: Evidence = {}
             generator = torch.Generator().manual_seed(seed)
             importance = _random(problem, group, evidence, generator, None)
+            evidence.update(_agreeing(problem, group, evidence))
             soft = evidence[z].reshape(rows, k).T
             parts.append(soft if importance is None else soft * importance.reshape(-1))
         posterior = torch.stack(parts)
     batch = Batch(problem, count)
     found = batch.m_step(stack([pooled] * count), batch.expected_given(posterior), only)
     return unstack(problem.clip(found))
+
+
+def _agreeing(problem: Problem, group: StateGroup, evidence: Evidence) -> Evidence:
+    """Guesses that agree with what the program says of the states without any parameter.
+
+    Such are the labels of some rows. Where they tell states apart, the guess's states get the
+    names that suit them best.
+    """
+    found = {}
+    for z in group.assignments if len(group.assignments) == 1 else ():
+        told = _told(problem, z)
+        if told is not None and z in evidence:
+            shape = evidence[z].shape
+            found[z] = _renamed(evidence[z].reshape(-1, shape[-1]), told).reshape(shape)
+    return found
+
+
+def _told(problem: Problem, z: str) -> Tensor | None:
+    """The log-probability of sites that hang on the assignment only: rows by states."""
+    trace, depends = problem.plan.reading.traces[0], problem.plan.reading.dependence
+    own = "".join(trace.plates[p] for p in problem.structure.plates[z]) + trace.states[z]
+    total = None
+    for name in problem.structure.observations:
+        factor = trace.factors.get(name)
+        if factor is None or depends.get(name) or trace.states[z] not in factor.dims:
+            continue
+        if set(factor.dims) <= set(own):
+            part = align(factor.tensor, factor.dims, own)
+            total = part if total is None else total + part
+    if total is None:
+        return None
+    shape = (*rows_shape(problem, z), problem.structure.assignments[z])
+    total = total.expand(shape).reshape(-1, shape[-1])
+    return (total - total.amax(-1, keepdim=True)).clamp(min=NEVER)
+
+
+def _renamed(soft: Tensor, told: Tensor) -> Tensor:
+    order = linear_sum_assignment((told.T @ soft).numpy(), maximize=True)[1]
+    joint = soft[:, torch.as_tensor(order)] * told.exp()
+    total = joint.sum(-1, keepdim=True)
+    return torch.where(total > 0, joint / total, told.softmax(-1))
 
 
 def from_evidence(

@@ -276,7 +276,7 @@ def _read(
         with isolated(dtype, 0):
             point = {name: _elsewhere(parameter) for name, parameter in parameters.items()}
             run = enumerated(program, point, nesting, frozenset(factor_sites))
-            alone = replace(program, loops=None, fill={}, missing={})
+            alone = replace(program, loops=None, fill={}, missing=None)
             check_steps(alone, loops, program.loops, run, point, parameters, nesting)
     if found:
         members = [chain.plates for chain in found if chain.plates] or [()]

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 A_FEW = 8  # rows
+MOST_VALUES = 64
 
 
 def leading_sizes(data: Any) -> list[int]:
@@ -38,7 +39,8 @@ def take(data: Any, index: Tensor, rows: int) -> Any:
 def sample_rows(rows: int, size: int, weights: Tensor | None = None, data: Any = None) -> Tensor:
     """``size`` row numbers drawn without replacement, in order; of rows that weigh something.
 
-    Among them are a few for each column of ``data`` in which something is missing.
+    Among them are a few for each column of ``data`` in which something is missing, and for each
+    rare value of integers (the labels of a few rows).
     """
     generator = torch.Generator().manual_seed(0)
     if weights is None:
@@ -46,7 +48,7 @@ def sample_rows(rows: int, size: int, weights: Tensor | None = None, data: Any =
     else:
         weighing = (weights.cpu() > 0).nonzero().reshape(-1)
         chosen = weighing[_chosen(len(weighing), size, generator)]
-    wanted = incomplete_rows(data, rows)
+    wanted = telling_rows(data, rows)
     if not len(wanted):
         return chosen
     rest = chosen[~torch.isin(chosen, wanted)]
@@ -54,11 +56,13 @@ def sample_rows(rows: int, size: int, weights: Tensor | None = None, data: Any =
     return torch.cat([wanted, rest[keep]]).sort().values
 
 
-def incomplete_rows(data: Any, rows: int) -> Tensor:
-    """Some rows in which something is missing: a few for each column that has such."""
+def telling_rows(data: Any, rows: int) -> Tensor:
+    """Some rows with what is rare: a few for each column with missing values, or of few values."""
     found = [torch.arange(0)]
     for x in tree_leaves(data):
-        if has_rows(x, rows) and x.is_floating_point() and not bool(x.sum().isfinite()):
+        if has_rows(x, rows) and not x.is_floating_point() and x.numel() == rows:
+            found += _of_each_value(x.reshape(-1).cpu())
+        elif has_rows(x, rows) and x.is_floating_point() and not bool(x.sum().isfinite()):
             gone = x.isnan().reshape(rows, -1)
             for column in gone.T[gone.any(0)]:
                 found.append(column.nonzero().reshape(-1)[:A_FEW].cpu())
@@ -70,3 +74,13 @@ def _chosen(rows: int, size: int, generator: torch.Generator) -> Tensor:
         return torch.randperm(rows, generator=generator)[:size].sort().values
     drawn = torch.randint(rows, (2 * size,), generator=generator).unique()  # more than enough
     return drawn[torch.randperm(len(drawn), generator=generator)[:size]].sort().values
+
+
+def _of_each_value(x: Tensor) -> list[Tensor]:
+    """A few rows of each value, where the values are few."""
+    low, high = int(x.min()), int(x.max())
+    if high - low >= MOST_VALUES:
+        return []
+    counts = torch.bincount((x - low).long(), minlength=high - low + 1)
+    rare = ((counts > 0) & (counts < len(x) // 20)).nonzero().reshape(-1) + low
+    return [(x == value).nonzero().reshape(-1)[:A_FEW] for value in rare.tolist()]

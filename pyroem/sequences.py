@@ -473,12 +473,30 @@ def _padded(structure: Structure, paths: Mapping[str, Tensor]) -> dict[str, Tens
 def _drawn(structure: Structure, nodes: Any, chain: Chain, name: str) -> Tensor:
     """A draw of one site: its steps (if it has them), the chain's plates, others, the event."""
     node = nodes[name]
-    fn, events = node["fn"], len(node["fn"].event_shape)
+    fn = node["fn"]
     frames = {f.name: f for f in plate_frames(node) if f.vectorized}
     shape = [1] * max([0, *(-f.dim for f in frames.values())])
     for f in frames.values():
         shape[f.dim] = f.size
     x = fn.expand(torch.broadcast_shapes(fn.batch_shape, shape)).sample()
+    return _steps_first(structure, node, chain, name, x)
+
+
+def all_steps(
+    structure: Structure, nodes: Any, chain: Chain, parts: Mapping[str, Tensor]
+) -> Tensor:
+    """The values of one observation at all steps, of which ``parts`` has one or two sites.
+
+    The chain's plates come first, then the steps, then what else the observation has.
+    """
+    laid = [_steps_first(structure, nodes[n], chain, n, x) for n, x in parts.items()]
+    laid = [x if n in chain.following else x.unsqueeze(0) for n, x in zip(parts, laid, strict=True)]
+    return _joined(laid, not set(parts) - set(chain.following)).movedim(0, len(chain.plates))
+
+
+def _steps_first(structure: Structure, node: Any, chain: Chain, name: str, x: Tensor) -> Tensor:
+    events = len(node["fn"].event_shape)
+    frames = {f.name: f for f in plate_frames(node) if f.vectorized}
     own = [p for p in (chain.steps, *chain.plates) if p in frames]
     own += [p for p in structure.plates[name] if p not in own]
     return _laid_out(x, events, [frames[p].dim for p in own])

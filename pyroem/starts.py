@@ -288,7 +288,9 @@ def _auto(
     complete = len(explicit) == len(program)
     groups: list[Callable[[], list[Start]]] = []
     telling, apart = _telling(problem, explicit)
-    if complete and not coinciding(problem.plan.structure, problem.plan, program):
+    depends = problem.plan.reading.dependence  # labels tell states apart, but are no values
+    told = frozenset(n for n in structure.observations if n in depends and not depends[n])
+    if complete and not coinciding(problem.plan.structure, problem.plan, program, without=told):
         how = "the program's own values, which differ by state"
         groups.append(lambda: [Start(problem.clip(program), how)])
     elif not complete and apart:

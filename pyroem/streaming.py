@@ -18,7 +18,7 @@ from pyroem.estep.kernel import Rows
 from pyroem.estep.mixture import Mixture
 from pyroem.mstep.plan import Plan
 from pyroem.reading import on_other_sequences
-from pyroem.sampling import incomplete_rows, leading_size, leading_sizes, sample_rows, take
+from pyroem.sampling import leading_size, leading_sizes, sample_rows, take, telling_rows
 from pyroem.structure import Structure
 from pyroem.whole import constant_along_rows, whole_data
 
@@ -176,7 +176,7 @@ def sampled(
     if blocks.pick is not None and blocks.length:
         # What is rare is looked for among the first rows only.
         first = torch.arange(min(size, blocks.length))
-        rare = incomplete_rows(blocks.pick(first), len(first))
+        rare = telling_rows(blocks.pick(first), len(first))
         index = torch.cat([sample_rows(blocks.length, size, weights), rare]).unique()
         own = None if weights is None else weights[index]
         args = block_data(blocks.pick(index), 0, dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 
 import torch
@@ -18,12 +19,14 @@ class StateGroup:
 
     ``axes`` are the (parameter, axis) pairs that the states index; ``complements`` are success
     probabilities of a binary assignment, which swap as ``p -> 1 - p`` (or change sign as logits).
+    Only the first ``movable`` states can be renamed: the others have constants of their own.
     """
 
     assignments: tuple[str, ...]
     num_states: int
     axes: frozenset[tuple[str, int]]
     complements: frozenset[tuple[str, str]]
+    movable: int
 
 
 def state_groups(structure: Structure, plan: Plan) -> list[StateGroup]:
@@ -31,6 +34,7 @@ def state_groups(structure: Structure, plan: Plan) -> list[StateGroup]:
     trace = plan.reading.traces[0]
     found: dict[str, set[tuple[str, int]]] = {z: set() for z in structure.assignments}
     swaps: dict[str, set[tuple[str, str]]] = {z: set() for z in structure.assignments}
+    movable = dict(structure.assignments)
     symbols = {s: z for z, s in trace.states.items() if z in structure.assignments}
     for site in plan.reading.sites.values():
         dim_to_symbol = trace.trace.nodes[site.name]["infer"]["_dim_to_symbol"]
@@ -52,21 +56,28 @@ def state_groups(structure: Structure, plan: Plan) -> list[StateGroup]:
                     steps = torch.arange(cells.shape[at]).reshape(
                         [-1 if i == at else 1 for i in range(cells.dim())]
                     )
-                    for axis, coordinate in enumerate(coordinates):
-                        if ((coordinate == steps) | (cells < 0)).all() and (cells >= 0).any():
-                            found[z].add((name, axis))
+                    axes = [
+                        axis
+                        for axis, coordinate in enumerate(coordinates)
+                        if ((coordinate == steps) | (cells < 0)).all() and (cells >= 0).any()
+                    ]
+                    found[z] |= {(name, axis) for axis in axes}
+                    # Where states share an element, or have it elsewhere, they keep their names.
+                    sizes = [batch[axis] for axis in axes]
+                    movable[z] = min(movable[z], *sizes) if sizes else 0
                 if site.name in found:
                     if event_dim == 1:
                         found[site.name].add((name, len(shape) - 1))
                     elif structure.assignments[site.name] == 2:
                         swaps[site.name].add((name, argument.selection.coordinate.form.name))
-    return _merge(structure, found, swaps)
+    return _merge(structure, found, swaps, movable)
 
 
 def _merge(
     structure: Structure,
     found: dict[str, set[tuple[str, int]]],
     swaps: dict[str, set[tuple[str, str]]],
+    movable: dict[str, int],
 ) -> list[StateGroup]:
     groups: list[tuple[list[str], set[tuple[str, int]], set[tuple[str, str]]]] = []
     for z, axes in found.items():
@@ -78,7 +89,13 @@ def _merge(
             complements |= group[2]
         groups.append((members, union, complements))
     return [
-        StateGroup(tuple(m), structure.assignments[m[0]], frozenset(a), frozenset(c))
+        StateGroup(
+            tuple(m),
+            structure.assignments[m[0]],
+            frozenset(a),
+            frozenset(c),
+            min(movable[z] for z in m),
+        )
         for m, a, c in groups
     ]
 
@@ -87,7 +104,7 @@ def permute(params: Params, group: StateGroup, order: Tensor) -> Params:
     """Rename the states of a group: state ``order[k]`` becomes state ``k``."""
     result = dict(params)
     for name, axis in group.axes:
-        result[name] = result[name].index_select(axis, order)
+        result[name] = result[name].index_select(axis, order[: result[name].shape[axis]])
     if group.num_states == 2 and int(order[0]) == 1:
         for name, kind in group.complements:
             result[name] = 1 - result[name] if kind == "probability" else -result[name]
@@ -95,23 +112,27 @@ def permute(params: Params, group: StateGroup, order: Tensor) -> Params:
 
 
 def coinciding(
-    structure: Structure, plan: Plan, params: Params, nats: float = 0.0
+    structure: Structure,
+    plan: Plan,
+    params: Params,
+    nats: float = 0.0,
+    without: Container[str] = (),
 ) -> dict[str, list[tuple[int, int]]]:
     """Pairs of states that the observations cannot tell apart at ``params``, though they could.
 
     A pair coincides where every factor downstream of the assignment is the same for both (to
     within ``nats``): EM keeps such states equal for ever. States that the program itself never
-    tells apart do not count.
+    tells apart do not count, nor do the sites ``without``.
     """
     with torch.no_grad():
         trace = structure.enumerate(params)
-    here = _equal_states(structure, trace, nats)
-    always = _equal_states(structure, plan.reading.traces[0])
+    here = _equal_states(structure, trace, nats, without)
+    always = _equal_states(structure, plan.reading.traces[0], 0.0, without)
     return {z: pairs for z in here if (pairs := sorted(here[z] - always[z]))}
 
 
 def _equal_states(
-    structure: Structure, trace: Enumerated, nats: float = 0.0
+    structure: Structure, trace: Enumerated, nats: float, without: Container[str]
 ) -> dict[str, set[tuple[int, int]]]:
     result: dict[str, set[tuple[int, int]]] = {}
     # A step's state is also that before the next step's, which stands for it.
@@ -122,7 +143,7 @@ def _equal_states(
         symbol = trace.states[z]
         pairs = None
         for name, factor in trace.factors.items():
-            if name == z or symbol not in factor.dims:
+            if name == z or name in without or symbol not in factor.dims:
                 continue
             if name in result and result[name] == every[name]:
                 continue  # a child that the data cannot inform tells nothing of its parent

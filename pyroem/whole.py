@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyroem._pyro import Program, plate_frames, unwrap
 from pyroem.checks import check_observation
+from pyroem.errors import DataError
 from pyroem.mstep.plan import Plan
 from pyroem.mstep.runs import Run
 from pyroem.mstep.sites import SiteModel, narrow, pad
@@ -119,7 +120,11 @@ def whole_data(
             continue
         checked = check_observation(nodes[name], partly=part)
         if checked.missing is not None:
-            return None
+            raise DataError(
+                f"missing values at site '{name}', of which the sample had none that the program"
+                " was read on. Leave the rows out, ask about them in memory, or have such a row"
+                " among the first ones of the fit."
+            )
         if checked.fill is not None:
             fill[name] = checked.fill
             nodes[name]["value"] = checked.fill

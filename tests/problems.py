@@ -68,9 +68,87 @@ class Problem:
     """The ways in which states can be renamed."""
     smooth: bool = True
     """Whether its likelihood has a gradient everywhere."""
+    by_hand: Callable[..., Any] | None = None
+    """The same without missing values: what is missing is summed out by hand."""
+
+    @property
+    def oracle(self) -> Callable[..., Any]:
+        """The program that Pyro can run as it stands."""
+        return self.by_hand or self.model
 
     def __repr__(self) -> str:
         return self.name
+
+
+# ---------------------------------------------------------------------------------------
+# Missing values: NaN in the data; beside each program the same with its densities by hand
+
+
+def missing_in_vectors(x: Tensor) -> None:
+    """Multivariate normals with missing elements."""
+    _vectors(x, lambda loc, cov: pyro.sample("x", dist.MultivariateNormal(loc, cov), obs=x))
+
+
+def missing_in_vectors_by_hand(x: Tensor) -> None:
+    """Each row's elements that are seen have a normal distribution of their own."""
+
+    def density(loc: Tensor, cov: Tensor) -> None:
+        rows = torch.broadcast_shapes(loc.shape[:-1], (len(x),))
+        loc, cov = loc.expand((*rows, 3)), cov.expand((*rows, 3, 3))
+        found = []
+        for n in range(len(x)):
+            o = (~x[n].isnan()).nonzero().reshape(-1)
+            part = dist.MultivariateNormal(
+                loc[..., n, :][..., o], cov[..., n, :, :][..., o, :][..., o]
+            )
+            found.append(part.log_prob(x[n][o]) if len(o) else loc[..., n, 0] * 0)
+        pyro.factor("x", torch.stack(found, -1))
+
+    _vectors(x, density)
+
+
+def _vectors(x: Tensor, density: Callable[[Tensor, Tensor], object]) -> None:
+    k, d = 2, x.shape[-1]
+    weights = pyro.param("weights", x.new_ones(k) / k, constraint=constraints.simplex)
+    loc = pyro.param("loc", lambda: torch.randn(k, d, dtype=x.dtype))
+    one = torch.eye(d, dtype=x.dtype).repeat(k, 1, 1)
+    cov = pyro.param("cov", one, constraint=constraints.positive_definite)
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        density(loc[z], cov[z])
+
+
+def missing_in_columns(x: Tensor, y: Tensor) -> None:
+    """Columns of two kinds with missing cells."""
+    loc, scale, probs = _columns_of_two_kinds(x, y)
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(pyro.param("weights")))
+        pyro.sample("x", dist.Normal(loc[z], scale).to_event(1), obs=x)
+        pyro.sample("y", dist.Bernoulli(probs[z]).to_event(1), obs=y)
+
+
+def missing_in_columns_by_hand(x: Tensor, y: Tensor) -> None:
+    """The cells that are missing are masked."""
+    loc, scale, probs = _columns_of_two_kinds(x, y)
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(pyro.param("weights")))
+        normal = dist.Normal(loc[z], scale).mask(~x.isnan()).to_event(1)
+        binary = dist.Bernoulli(probs[z]).mask(~y.isnan()).to_event(1)
+        pyro.sample("x", normal, obs=x.nan_to_num())
+        pyro.sample("y", binary, obs=y.nan_to_num())
+
+
+def _columns_of_two_kinds(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    k = 2
+    pyro.param("weights", x.new_ones(k) / k, constraint=constraints.simplex)
+    loc = pyro.param("loc", lambda: torch.randn(k, x.shape[-1], dtype=x.dtype))
+    scale = pyro.param("scale", x.new_ones(x.shape[-1]), constraint=constraints.positive)
+    probs = pyro.param(
+        "probs",
+        lambda: 0.2 + 0.6 * torch.rand(k, y.shape[-1]).to(y),
+        constraint=constraints.unit_interval,
+    )
+    return loc, scale, probs
 
 
 # ---------------------------------------------------------------------------------------
@@ -1191,17 +1269,21 @@ def _problem(
     *symmetries: Axes | Symmetry,
     row_plate: str | None = "rows",
     name: str | None = None,
+    by_hand: Callable[..., Any] | None = None,
     drawn: bool = True,
 ) -> Problem:
     """A row of the table. ``tiny`` is how many rows (and steps) to keep.
 
-    ``drawn`` is whether the program draws its data, else they are taken as they are.
+    Where the same program is given ``by_hand``, a fifth of the data is made missing; ``drawn`` is
+    whether the program draws its data, else they are taken as they are.
     """
     values = {key: real(value) for key, value in truth.items()}
     with torch.random.fork_rng(devices=[]), pyro.get_param_store().scope():
         torch.manual_seed(20)
         data = _simulate(model, values, data) if drawn else data
         params = _move(model, values, data)
+        if by_hand is not None:
+            data = tuple(torch.where(torch.rand(x.shape) < 0.2, torch.nan, x) for x in data)
     rows, steps = tiny if isinstance(tiny, tuple) else (tiny, None)
     cut = tuple(x[:rows] if steps is None or x.dim() < 2 else x[:rows, :steps] for x in data)
     renamings = tuple(
@@ -1217,6 +1299,7 @@ def _problem(
         row_plate,
         renamings,
         model is not laplace_mixture,
+        by_hand,
     )
 
 
@@ -1275,6 +1358,36 @@ PROBLEMS: list[Problem] = [
         4,
         {"z": 3},
         _GAUSSIAN_AXES,
+    ),
+    _problem(
+        missing_in_vectors,
+        (_blank(120, 3),),
+        {
+            "weights": _WEIGHTS2,
+            "loc": [[-1.5, 0.5, 1.0], [1.5, -0.5, 0.0]],
+            "cov": [
+                [[1.0, 0.5, 0.2], [0.5, 1.5, -0.4], [0.2, -0.4, 0.8]],
+                [[0.8, -0.3, 0.1], [-0.3, 0.6, 0.0], [0.1, 0.0, 1.2]],
+            ],
+        },
+        6,
+        {"z": 2},
+        (("weights", 0), ("loc", 0), ("cov", 0)),
+        by_hand=missing_in_vectors_by_hand,
+    ),
+    _problem(
+        missing_in_columns,
+        (_blank(120, 2), _blank(120, 3)),
+        {
+            "weights": _WEIGHTS2,
+            "loc": _LOC22,
+            "scale": [0.8, 1.2],
+            "probs": [[0.8, 0.3, 0.6], [0.2, 0.7, 0.5]],
+        },
+        6,
+        {"z": 2},
+        (("weights", 0), ("loc", 0), ("probs", 0)),
+        by_hand=missing_in_columns_by_hand,
     ),
     _problem(
         diagonal_gaussian,

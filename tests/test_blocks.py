@@ -152,7 +152,7 @@ def test_what_cannot_be_read_in_blocks() -> None:
             pyro.sample(f"x_{t}", dist.Normal(loc[z], 1.0), obs=x[t, 0])
 
     bad = SMALL.clone()
-    bad[700, 1] = torch.nan
+    bad[700, 1] = torch.inf
     numbers = iter(range(100))
     once = iter(SMALL.split(300))
 
@@ -266,7 +266,7 @@ def test_new_rows_in_blocks() -> None:
     with pytest.raises(ModelError, match="needs a program with a kernel"):
         EM(engine="trace", max_iter=2).fit(mixture, SMALL, init=INIT).predict(blocks(SMALL))
     bad = SMALL.clone()
-    bad[700, 1] = torch.nan
+    bad[700, 1] = torch.inf
     with pytest.raises(DataError, match=r"Block 2 \(from row 600 on\): .* at index \(100, 1\)"):
         fit.predict(blocks(bad, rows=300))
 

@@ -29,7 +29,7 @@ def enumerated(problem: Problem, params: dict[str, Tensor], hide_priors: bool = 
     """The program at fixed parameters, as Pyro's own enumeration takes it."""
     samples = {n: v for n, v in params.items() if nodes(problem)[n]["type"] == "sample"}
     free = {n: v for n, v in params.items() if n not in samples}
-    program = poutine.substitute(poutine.condition(problem.model, samples), free)
+    program = poutine.substitute(poutine.condition(problem.oracle, samples), free)
     if hide_priors:
         program = poutine.block(program, hide=list(samples))
     return config_enumerate(program)
@@ -61,7 +61,7 @@ def probabilities(marginal: Any) -> Tensor:
 @pytest.mark.parametrize("problem", TINY, ids=repr)
 def test_oracle_agrees_with_pyro(problem: Problem) -> None:
     assert problem.tiny is not None
-    oracle = brute_force(problem.model, problem.params, problem.tiny)
+    oracle = brute_force(problem.oracle, problem.params, problem.tiny)
     assert len(pyro.get_param_store()) == 0
     assert float(oracle.log_likelihood) == pytest.approx(
         trace_enum(problem, problem.tiny), abs=1e-9
@@ -74,7 +74,7 @@ def test_oracle_agrees_with_pyro(problem: Problem) -> None:
 @pytest.mark.parametrize("problem", TINY, ids=repr)
 def test_oracle_marginals_agree_with_pyro(problem: Problem) -> None:
     assert problem.tiny is not None
-    oracle = brute_force(problem.model, problem.params, problem.tiny)
+    oracle = brute_force(problem.oracle, problem.params, problem.tiny)
     program = enumerated(problem, problem.params)
     marginals = TraceEnum_ELBO().compute_marginals(program, guide, *problem.tiny)
     assert set(marginals) == set(oracle.marginals)
@@ -87,7 +87,7 @@ def test_oracle_marginals_agree_with_pyro(problem: Problem) -> None:
 @pytest.mark.parametrize("problem", TINY, ids=repr)
 def test_pairwise_has_the_right_margins(problem: Problem) -> None:
     assert problem.tiny is not None
-    oracle = brute_force(problem.model, problem.params, problem.tiny)
+    oracle = brute_force(problem.oracle, problem.params, problem.tiny)
     for a in oracle.marginals:
         for b in oracle.marginals:
             joint = oracle.pairwise(a, b)
@@ -139,7 +139,7 @@ def test_oracle_refuses_what_it_cannot_do() -> None:
         brute_force(two_rows, {"weights": weights}, (x,))
     problem = PROBLEMS[0]
     with pytest.raises(ValueError, match="too many"):
-        brute_force(problem.model, problem.params, problem.data)
+        brute_force(problem.oracle, problem.params, problem.data)
 
 
 def test_names_are_unique() -> None:

@@ -231,7 +231,7 @@ def test_refusals_are_one_line(
     arguments: str,
     message: str,
 ) -> None:
-    (tmp_path / "bad.csv").write_text("x,y\n1,2\n?,3\n")
+    (tmp_path / "bad.csv").write_text("x,y\n1,2\nq,3\n")
     assert message in error(capsys, *arguments.split())
     assert not core.request
 
@@ -259,6 +259,7 @@ def test_absence_of_matplotlib_is_said_before_the_fit(
 def test_datasets(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["datasets"]) == 0
     assert capsys.readouterr().out.splitlines() == [
+        "airquality: 153 rows, columns Ozone, Solar.R, Wind, Temp, Month, Day",
         "earthquakes: 107 rows, columns year, count",
         "faithful: 272 rows, columns eruptions, waiting",
     ]

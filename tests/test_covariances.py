@@ -156,7 +156,7 @@ def test_mclusts_choice_on_old_faithful() -> None:
     """mclust chooses EEE with 3 components: BIC -2314.316, by its sign."""
     _, x = datasets.load("faithful")
     found = {}
-    for name in COUNTS:
+    for name in ("EEE", "VVE", "EVE", "VEE", "VVV", "EEI"):
         for k in (2, 3):
             fit = EM().fit(gaussian_mixture(k, name), x)
             assert fit.status is Status.CONVERGED, (name, k, fit)

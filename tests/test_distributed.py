@@ -213,7 +213,7 @@ def failing(
 def spoilt(rank: int, x: Tensor) -> Tensor:
     x = x.clone()
     if rank == 0:
-        x[3, 1] = torch.nan
+        x[3, 1] = torch.inf
     return x
 
 
@@ -224,8 +224,8 @@ def bad(rank: int, own: Own) -> dict[str, Callable[[], Any]]:
     return {
         "no kernel": lambda: EM().fit(student, own(X)[:, 0], distributed=True),
         "trace": lambda: EM(engine="trace").fit(mixture, own(X), distributed=True),
-        "nan": lambda: EM().fit(mixture, spoilt(rank, own(X)), init=INIT, distributed=True),
-        "late nan": lambda: EM().fit(
+        "infinite": lambda: EM().fit(mixture, spoilt(rank, own(X)), init=INIT, distributed=True),
+        "late infinite": lambda: EM().fit(
             mixture, blocks(spoilt(rank, own(MANY)), rows=500), init=FAR, distributed=True
         ),
         "standardised": lambda: EM().fit(standardised, own(X), distributed=True),
@@ -405,8 +405,8 @@ def test_what_a_fit_says_of_rows_concerns_those_of_its_process(results: Results)
 ERRORS = {
     "no kernel": ("ModelError", "the statistics of site 'x' depend on its parameters"),
     "trace": ("SettingError", "several processes needs the kernel"),
-    "nan": ("DataError", "got nan at index (3, 1)"),
-    "late nan": ("DataError", "expected finite data"),
+    "infinite": ("DataError", "got inf at index (3, 1)"),
+    "late infinite": ("DataError", "expected finite data"),
     "standardised": ("ModelError", "makes something else of the rows of this process"),
     "settings": ("SettingError", "max_iter is 5 in process 0 and 6 in process"),
     "seed": ("SettingError", "seed is 0 in process 0 and 1 in process"),

@@ -13,12 +13,14 @@ import pytest
 import torch
 from problems import PROBLEMS, gaussian_conjugate, gaussian_mixture, latent_class, poisson_mixture
 from pyro import poutine
+from pyro.nn import PyroModule
 from torch import Tensor
 from torch.distributions import constraints
 
 import pyroem
 from pyroem import EM, MAP, DataError, ModelError, SettingError
 
+MODULE = next(p for p in PROBLEMS if isinstance(p.model, PyroModule))
 X = torch.cat([torch.linspace(-3, -1, 20), torch.linspace(1, 4, 20)]).double()
 PARAMS = {
     "weights": torch.tensor([0.3, 0.3, 0.4]),
@@ -462,7 +464,7 @@ ACTIONS: dict[str, Callable[[], Any]] = {
     "MAP": lambda: MAP(max_iter=3).fit(gaussian_mixture, X),
     "Adam": lambda: MAP("adam", max_iter=3).fit(gaussian_mixture, X),
     "float32": lambda: EM(max_iter=3, dtype=torch.float32).fit(gaussian_mixture, X),
-    "module": lambda: EM(max_iter=3).fit(PROBLEMS[7].model, *PROBLEMS[7].data),
+    "module": lambda: EM(max_iter=3).fit(MODULE.model, *MODULE.data),
     "methods": lambda: [
         (f.sample(100), f.predict(), f.log_prob(), f.posterior(), f.icl(), f.explain(), f.df)
         for f in [EM(max_iter=3).fit(gaussian_conjugate, X, init="kmeans")]
@@ -491,11 +493,11 @@ def test_nothing_outside_is_touched(action: Callable[[], Any]) -> None:
 
 
 def test_a_module_keeps_its_parameters() -> None:
-    module: Any = PROBLEMS[7].model
+    module: Any = MODULE.model
     before = {n: p.detach().clone() for n, p in module.named_parameters()}
-    EM(max_iter=3).fit(module, *PROBLEMS[7].data)
+    EM(max_iter=3).fit(module, *MODULE.data)
     with pytest.raises(pyroem.PyroemError):
-        EM().fit(module, *PROBLEMS[7].data, init="no")
+        EM().fit(module, *MODULE.data, init="no")
     after = dict(module.named_parameters())
     assert before.keys() == after.keys()
     for name, value in before.items():

@@ -30,7 +30,7 @@ LAYERS: list[set[str]] = [
     {"problem"},
     {"diagnose", "clustering", "batch", "shards"},
     {"guesses", "loop", "sequences"},
-    {"together", "given"},
+    {"together", "given", "imputation"},
     {"starts", "accelerate", "stored"},
     {"checkpoint", "verdict"},
     {"explain"},

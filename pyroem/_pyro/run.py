@@ -170,7 +170,7 @@ class _Substitute(Messenger):
         dtype: torch.dtype,
         enumerate_: bool,
         fill: Mapping[str, Tensor],
-        missing: Mapping[str, Missing],
+        missing: Mapping[str, Missing] | None,
         observed: bool = True,
     ) -> None:
         super().__init__()
@@ -195,7 +195,11 @@ class _Substitute(Messenger):
             fill = {} if vectorising() else self.fill
             given = torch.as_tensor(msg["value"])
             value = torch.as_tensor(fill.get(name, given))
-            if name in self.missing:
+            if self.missing is None:
+                if given.is_floating_point() and bool(given.isnan().any()):
+                    msg["fn"] = hide(msg["fn"], ~given.isnan())
+                    value = torch.where(value.isnan(), 0.0, value)
+            elif name in self.missing:
                 filler = self.missing[name].filler
                 msg["fn"] = hide(msg["fn"], ~given.isnan())
                 value = torch.where(value.isnan(), filler.to(value), value)
@@ -273,8 +277,8 @@ class Program:
 
     ``modules`` maps the names of module parameters to the ``nn.Parameter`` objects that the
     program's modules hold; ``fill`` holds observations whose masked NaN cells were replaced,
-    ``missing`` those of which some cells are missing; ``loops``, if there are any, are run for all
-    their steps at once.
+    ``missing`` those of which some cells are missing (None: look at each); ``loops``, if there are
+    any, are run for all their steps at once.
     """
 
     model: Callable[..., Any]
@@ -285,7 +289,7 @@ class Program:
     fill: Mapping[str, Tensor]
     cast: bool = True
     loops: Loops | None = None
-    missing: Mapping[str, Missing] = field(default_factory=dict)
+    missing: Mapping[str, Missing] | None = field(default_factory=dict)
 
     def run(
         self,

@@ -17,7 +17,7 @@ from torch import Tensor
 from pyroem._pyro import unwrap
 from pyroem.estep.columns import Columns, Scratch
 from pyroem.estep.layout import Layout, lower_index
-from pyroem.families import Arguments
+from pyroem.families import Arguments, Statistics
 from pyroem.mstep.runs import Run
 from pyroem.mstep.sites import pad
 from pyroem.statistics import SiteStatistics
@@ -73,6 +73,7 @@ class PartialSums:
         }
         self.size = self.shown.shape[1]
         self.lower = lower_index(self.size * (self.size + 1) // 2, torch.device("cpu"))
+        self.eta: tuple[slice, Statistics, Tensor] | None = None  # of the latest block
         self.weight: Tensor | None = None
         self.first: Tensor | None = None
         self.second: Tensor | None = None
@@ -88,7 +89,7 @@ class PartialSums:
     def log_probabilities(self, phi: Tensor, start: int, stop: int) -> Tensor:
         """The states by the rows of a block."""
         which, runs = self.patterns.runs(start, stop)
-        (first, second), normaliser = self.family.natural(self.arguments, self.shown[which])
+        (first, second), normaliser = self._natural(which)
         i, j = torch.tril_indices(self.size, self.size)
         packed = second[..., i, j] * torch.where(i == j, 1.0, 2.0).to(second)
         eta = torch.cat([first, packed, -normaliser.unsqueeze(-1)], -1).movedim(1, 0)
@@ -97,13 +98,20 @@ class PartialSums:
             torch.mm(eta[number], phi[:, a:b], out=found[:, a:b])
         return found
 
+    def _natural(self, which: slice) -> tuple[Statistics, Tensor]:
+        if self.eta is None or self.eta[0] != which:
+            self.eta = which, *self.family.natural(self.arguments, self.shown[which])
+        return self.eta[1:]
+
     def add(self, posterior: Tensor, phi: Tensor, start: int, stop: int) -> None:
         """Add the statistics of a block, whose posterior is given: its states by its rows."""
         which, runs = self.patterns.runs(start, stop)
         sums = torch.stack([posterior[:, a:b] @ phi[:, a:b].T for a, b in runs], 1)
         first, packed, weight = sums.split([self.size, len(phi) - self.size - 1, 1], -1)
         shown, w = self.shown[which], weight.squeeze(-1)
-        filled = self.family.complete(self.arguments, shown, (first, packed[..., self.lower]), w)
+        eta, _ = self._natural(which)
+        statistics = first, packed[..., self.lower]
+        filled = self.family.complete(self.arguments, shown, eta, statistics, w)
         total = (w.sum(-1), *filled)
         held = (self.weight, self.first, self.second)
         if self.weight is None:

@@ -74,13 +74,13 @@ class Partial:
         ``(arguments of states, patterns [P, D]) -> (eta, A)`` of what is seen, over states by
         patterns; ``eta`` is zero for statistics of what is not.
     complete
-        ``(arguments, patterns, statistics, weight) -> statistics`` of complete rows, summed over
-        the patterns; expected ones at these arguments.
+        ``(arguments, patterns, eta, statistics, weight) -> statistics`` of complete rows, summed
+        over the patterns; expected ones at these arguments.
     """
 
     seen: Callable[[Any], Tensor]
     natural: Callable[[Arguments, Tensor], tuple[Statistics, Tensor]]
-    complete: Callable[[Arguments, Tensor, Statistics, Tensor], Statistics]
+    complete: Callable[[Arguments, Tensor, Statistics, Statistics, Tensor], Statistics]
 
 
 @dataclass(frozen=True)

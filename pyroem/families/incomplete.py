@@ -76,7 +76,10 @@ def _regression(scatter: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
     """``G`` with ``E[x | x_o] = mu + G (x - mu)``, whose columns of missing elements are zero, and
     the covariance of ``x`` given ``x_o``.
     """
-    inverse, _ = _inverse(scatter, seen)
+    return _from_inverse(scatter, seen, _inverse(scatter, seen)[0])
+
+
+def _from_inverse(scatter: Tensor, seen: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
     one = torch.eye(seen.shape[-1], dtype=scatter.dtype, device=scatter.device)
     product = scatter @ inverse
     gain = torch.where(seen.unsqueeze(-1), one, product)
@@ -100,15 +103,19 @@ def _normal(seen: Tensor, args: Arguments, x: Tensor) -> Statistics:
 
 def _student(seen: Tensor, args: Arguments, x: Tensor) -> Statistics:
     filled, rest = _expected(seen, args, x)
-    inverse, _ = _inverse(_scatter(args), seen)
-    away = torch.where(seen, x - args["loc"], 0.0).unsqueeze(-1)
-    distance = (away.mT @ inverse @ away).squeeze(-1).squeeze(-1)
-    shape = (args["df"] + seen.sum(-1)) / 2
-    rate = (args["df"] + distance) / 2
+    shape, rate = _posterior_of_weight(seen, args, x)
     u = shape / rate
     first = u.unsqueeze(-1) * filled
     second = first.unsqueeze(-1) * filled.unsqueeze(-2) + rest
     return first, second, u, torch.digamma(shape) - rate.log()
+
+
+def _posterior_of_weight(seen: Tensor, args: Arguments, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Shape and rate of the gamma distribution of a row's weight ``u``."""
+    inverse, _ = _inverse(_scatter(args), seen)
+    away = torch.where(seen, x - args["loc"], 0.0).unsqueeze(-1)
+    distance = (away.mT @ inverse @ away).squeeze(-1).squeeze(-1)
+    return (args["df"] + seen.sum(-1)) / 2, (args["df"] + distance) / 2
 
 
 def natural(args: Arguments, seen: Tensor) -> tuple[Statistics, Tensor]:
@@ -125,12 +132,15 @@ def natural(args: Arguments, seen: Tensor) -> tuple[Statistics, Tensor]:
     return (first, -0.5 * inverse), normaliser
 
 
-def complete(args: Arguments, seen: Tensor, s: Statistics, w: Tensor) -> Statistics:
+def complete(
+    args: Arguments, seen: Tensor, eta: Statistics, s: Statistics, w: Tensor
+) -> Statistics:
     """Expected statistics of complete rows from those of rows with the patterns ``seen``.
 
-    ``s`` and ``w`` have the states, then the patterns; the result is the sum over these.
+    ``eta`` are the natural parameters. ``s`` and ``w`` have the states, then the patterns; the
+    result is the sum over these.
     """
-    gain, rest = _regression(_scatter(args).unsqueeze(-3), seen)
+    gain, rest = _from_inverse(_scatter(args).unsqueeze(-3), seen, -2 * eta[1])
     loc = args["loc"].unsqueeze(-2)
     shift = loc - (gain @ loc.unsqueeze(-1)).squeeze(-1)
     moved = (gain @ s[0].unsqueeze(-1)).squeeze(-1)
@@ -139,3 +149,24 @@ def complete(args: Arguments, seen: Tensor, s: Statistics, w: Tensor) -> Statist
     second = inner + w[..., None, None] * (_outer(shift, shift) + rest)
     first = moved + w.unsqueeze(-1) * shift
     return first.sum(-2), second.sum(-3)
+
+
+def conditional(base: Any, seen: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of a normal or Student's t completed by their conditional means, and the (scale's)
+    covariance of what is missing.
+    """
+    return _expected(seen, {"loc": base.loc, "scale_tril": base.scale_tril}, x)
+
+
+def conditional_draw(base: Any, seen: Tensor, x: Tensor) -> Tensor:
+    """Rows with what is missing drawn from its distribution given what is seen."""
+    filled, rest = conditional(base, seen, x)
+    noise = torch.randn(filled.shape, dtype=filled.dtype)
+    if hasattr(base, "df"):
+        args = {"df": base.df, "loc": base.loc, "scale_tril": base.scale_tril}
+        shape, rate = _posterior_of_weight(seen, args, x)
+        weight = torch._standard_gamma(shape.expand(filled.shape[:-1]).contiguous()) / rate
+        noise = noise / weight.sqrt().unsqueeze(-1)
+    tril = seen_tril(rest, ~seen)
+    drawn = (tril @ noise.unsqueeze(-1)).squeeze(-1)
+    return torch.where(seen, filled, filled + drawn)

@@ -1,6 +1,5 @@
 """Gaussian mixtures, as Pyro programs: scikit-learn's covariances and mclust's fourteen."""
 
-from collections.abc import Callable
 from functools import partial
 
 import pyro
@@ -9,6 +8,14 @@ import torch
 from pyro.distributions import constraints
 
 from pyroem.constraints import DIAGONALS, MATRICES, covariances, variances
+from pyroem.models.assignments import (
+    Program,
+    assignment,
+    check_choice,
+    check_count,
+    equal_weights,
+    rows,
+)
 
 # Each name is mclust's: volume, shape and orientation, E(qual), V(ariable) or I(dentity).
 NAMED = {
@@ -22,8 +29,8 @@ NAMED = {
 COVARIANCES = (*NAMED, "EII", "VII", "EEI", "VEI", "EVI", "VVI", "EEE", *MATRICES, "VVV")
 
 
-def gaussian_mixture(components: int, covariance: str = "full") -> Callable[..., None]:
-    """The program of a Gaussian mixture, for rows ``x [N, D]``.
+def gaussian_mixture(components: int, covariance: str = "full") -> Program:
+    """The program ``program(x, labels=None)`` of a Gaussian mixture, for rows ``x [N, D]``.
 
         z_n ~ Categorical(weights),   x_n | z_n = k ~ Normal(loc_k, Sigma_k)
 
@@ -39,32 +46,37 @@ def gaussian_mixture(components: int, covariance: str = "full") -> Callable[...,
       (:class:`pyroem.constraints.covariances`)
 
     Its own initial values make all components equal, which is a fixed point of EM: a solver
-    starts from the data instead. Raises ``ValueError`` on a setting or shape outside of these.
+    starts from the data instead. For ``labels`` see
+    :func:`pyroem.models.assignments.assignment`. Raises ``ValueError`` on a setting or shape
+    outside of these.
     """
-    if components < 1:
-        raise ValueError(f"Expected components >= 1; got {components}.")
-    if covariance not in COVARIANCES:
-        raise ValueError(f"Expected covariance in {', '.join(COVARIANCES)}; got {covariance!r}.")
-    return partial(_gaussian_mixture, components, NAMED.get(covariance, covariance))
+    check_count("components", components)
+    name = NAMED.get(check_choice("covariance", covariance, COVARIANCES), covariance)
+    return partial(_program, components=components, covariance=name)
 
 
-def _gaussian_mixture(components: int, covariance: str, x: torch.Tensor) -> None:
-    if x.ndim != 2:
-        raise ValueError(f"Expected x of shape [N, D]; got {list(x.shape)}.")
+def _program(
+    x: torch.Tensor,
+    labels: torch.Tensor | None = None,
+    *,
+    components: int,
+    covariance: str,
+) -> None:
+    x = rows(x)
     K, (N, D) = components, x.shape
-    weights = pyro.param("weights", lambda: x.new_ones(K) / K, constraint=constraints.simplex)
+    weights = equal_weights(x, K)
     loc = pyro.param("loc", lambda: x.new_zeros(K, D))
     spread = _spread(covariance, K, x)
     each = covariance[0] == "V" or covariance in (*DIAGONALS, *MATRICES)
     with pyro.plate("rows", N):
-        z = pyro.sample("z", dist.Categorical(weights))
-        rows = spread[z] if each else spread
+        z = assignment(dist.Categorical(weights), x, labels)
+        own = spread[z] if each else spread
         if covariance[2] != "I":
-            emission = dist.MultivariateNormal(loc[z], covariance_matrix=rows)
+            emission = dist.MultivariateNormal(loc[z], covariance_matrix=own)
         else:
-            rows = rows.sqrt() if covariance in DIAGONALS else rows
-            rows = rows.unsqueeze(-1) if covariance == "VII" else rows
-            emission = dist.Normal(loc[z], rows).to_event(1)
+            own = own.sqrt() if covariance in DIAGONALS else own
+            own = own.unsqueeze(-1) if covariance == "VII" else own
+            emission = dist.Normal(loc[z], own).to_event(1)
         pyro.sample("x", emission, obs=x)
 
 

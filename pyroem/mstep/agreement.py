@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -83,12 +84,13 @@ def _check_density(site: SiteModel, traces: tuple[Enumerated, ...]) -> None:
     few = tuple(_few(t, rank) for t in site.data.few)
     one = torch.ones((1,) * rank, dtype=site.dtype)
     mask = one if site.mask is None else _few(site.mask, rank)
+    cut = site if site.centre is None else replace(site, centre=_few(site.centre, rank))
     gaps, size = [], 1.0
     for trace in traces:
         node = trace.trace.nodes[site.name]
         own, _, _ = unwrap(node["fn"])
         arguments = {k: _few(v, rank) for k, v in site.arguments_in(own).items()}
-        density = site.family.log_density(site.centred(arguments), few, one)
+        density = site.family.log_density(cut.centred(arguments), few, one)
         exact = _few(own.log_prob(pad(node["value"], rank, len(own.event_shape))), rank)
         possible = (mask > 0) & exact.isfinite()  # a count above zero at rate zero is not
         gaps.append(torch.where(possible, density - exact, 0.0))

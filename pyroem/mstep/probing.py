@@ -58,6 +58,8 @@ def _tame(trace: Enumerated) -> bool:
             if mask is not None and not is_dependent(support) and support.event_dim == 0:
                 value, seen = torch.broadcast_tensors(value, mask)
                 value = value[seen]
+                if bool(value.isnan().any()):
+                    return False
             huge = (value.abs() > HUGE) | value.isinf()
             if interval_of(support) == (0.0, torch.inf):
                 huge = huge | (value < 1 / HUGE)
