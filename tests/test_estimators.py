@@ -128,6 +128,33 @@ def test_missing_values_are_those_of_the_program(name: str) -> None:
 
 
 @each
+def test_missing_values_are_filled_in(name: str) -> None:
+    estimator, X = fitted(name)
+    X = X[:40].copy()
+    gone = np.random.default_rng(1).uniform(size=X.shape) < 0.2
+    X[gone] = np.nan
+    filled = estimator.impute(X)
+    assert_array_equal(filled[~gone], X[~gone])
+    assert np.isfinite(filled).all()
+    assert_array_equal(pickle.loads(pickle.dumps(estimator)).impute(X), filled)
+    draws = estimator.impute(X, draws=300, random_state=0)
+    assert draws.shape == (300, *X.shape)
+    assert_array_equal(draws[7][~gone], X[~gone])
+    assert_array_equal(draws, estimator.impute(X, draws=300, random_state=0))
+    if name.startswith("latent"):
+        share = (draws == filled).mean(0)[gone]
+        assert (share > 0.3).all()  # the most probable of two or three categories
+    elif not name.startswith("t") or name == "tied":
+        error = draws.std(0) / 300**0.5
+        kinds = np.array([name != "mixed" or j != 3 for j in range(X.shape[1])])
+        apart = np.abs(draws.mean(0) - filled) - 5 * error - 0.01
+        assert (apart[gone & kinds] < 0).all()
+    assert_array_equal(estimator.impute(filled), filled)
+    with pytest.raises(ValueError, match="draws"):
+        estimator.impute(X, draws=0)
+
+
+@each
 def test_parameters_become_attributes_and_back(name: str) -> None:
     estimator, X = fitted(name)
     fit = estimator.result_on(X)

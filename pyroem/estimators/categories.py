@@ -242,16 +242,27 @@ class LatentClass(WithPrior):
         for own, table in zip(self.categories_, self.probs_, strict=True):
             share = table[k].astype(np.float64)
             columns.append(own[rng.choice(len(own), size=n, p=share / share.sum())])
-        kinds = {column.dtype for column in columns}
-        if len(kinds) == 1:
-            return np.stack(columns, 1)
-        return np.stack([column.astype(object) for column in columns], 1)
+        return beside(columns)
+
+    def _sites(self) -> dict[str, list[int]]:
+        return {f"x_{j}": [j] for j in range(len(self.categories_))}
+
+    def _decoded(self, values: NDArray) -> NDArray:
+        pairs = zip(np.moveaxis(values, -1, 0), self.categories_, strict=True)
+        return beside([own[codes.astype(np.intp)] for codes, own in pairs])
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.input_tags.categorical = True
         tags.input_tags.string = True
         return tags
+
+
+def beside(columns: list[NDArray]) -> NDArray:
+    """Columns as the last dim of one array; of objects, where they are of several kinds."""
+    if len({column.dtype for column in columns}) > 1:
+        columns = [column.astype(object) for column in columns]
+    return np.stack(columns, -1)
 
 
 def is_missing(column: NDArray) -> NDArray[np.bool_]:

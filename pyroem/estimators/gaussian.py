@@ -16,13 +16,12 @@ from pyroem.estimators.base import Fitted, Params
 from pyroem.estimators.labels import agreeing
 from pyroem.estimators.paced import LOWEST, PacedEM, in_step
 from pyroem.estimators.priors import WithPrior
-from pyroem.estimators.programs import labelled_gaussian_mixture
 from pyroem.estimators.shapes import ALIASES, PRIORS, Shape
 from pyroem.fit import Fit
 from pyroem.loop import Status
 from pyroem.models.assignments import Program
 from pyroem.models.bayesian import bayesian_gaussian_mixture
-from pyroem.models.gaussian import COVARIANCES
+from pyroem.models.gaussian import COVARIANCES, gaussian_mixture
 from pyroem.solver import Solver
 from pyroem.starts import starts
 
@@ -179,7 +178,7 @@ class GaussianMixture(WithPrior):
     def _make_program(self) -> Program:
         K, prior = int(self.n_components), self._own_prior()
         if prior is None:
-            return labelled_gaussian_mixture(K, self._shape.mclust)
+            return gaussian_mixture(K, self._shape.mclust)
         return bayesian_gaussian_mixture(K, prior, PRIORS[self._shape.mclust])
 
     def _take(self, params: Params, dtype: Any) -> None:

@@ -110,6 +110,10 @@ class MixedMixture(Increments):
             found.setdefault(kind, []).append(j)
         return found
 
+    def _sites(self) -> dict[str, list[int]]:
+        found = self._columns()
+        return {k if isinstance(k, str) else f"categorical_{k}": own for k, own in found.items()}
+
     def _take(self, params: Params, dtype: Any) -> None:
         self.weights_ = params["weights"].astype(dtype)
         tables: list[Any] = [None] * len(self.kinds_)

@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import logsumexp
 from sklearn.base import ClassNamePrefixFeaturesOutMixin, DensityMixin, TransformerMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
@@ -157,6 +156,41 @@ class Mixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, F
         rng = check_random_state(self.random_state)
         return draw_rows(rng, self.weights_, n_samples, lambda k, n: self._draw(rng, k, n))
 
+    def impute(self, X: Any, *, draws: int | None = None, random_state: Any = None) -> NDArray:
+        """``X`` with its missing values filled in, given what is seen of each row.
+
+        By what is expected there (in categorical columns by the most probable category); with
+        ``draws``, so many times at random, ``(draws, n_samples, n_features)``.
+        """
+        check_is_fitted(self)
+        X = self._read(X)
+        if draws is not None and (isinstance(draws, bool) or draws < 1):
+            raise ValueError(f"draws: expected None or a whole number >= 1; got {draws!r}.")
+        filled = X.copy() if draws is None else np.stack([X] * int(draws))
+        gone = np.isnan(X)
+        sites = {n: own for n, own in self._sites().items() if gone[:, own].any()}
+        if sites:
+            seed = int(check_random_state(random_state).randint(2**31 - 1))
+            found = self._anchor().impute(as_tensor(X), draws=draws, seed=seed)
+            found = {next(iter(sites)): found} if len(sites) == 1 else found
+            for name, own in sites.items():
+                filled[..., own] = found[name].numpy().reshape((*filled.shape[:-1], len(own)))
+        return self._decoded(filled)
+
+    def _sites(self) -> dict[str, list[int]]:
+        """The program's observations, and the columns that each has."""
+        return {"x": list(range(self.n_features_in_))}
+
+    def _decoded(self, values: NDArray) -> NDArray:
+        """The values of the data from the numbers that the program has for them."""
+        return values
+
+    def _anchor(self) -> Fit:
+        """A fit at the fitted parameters, to some rows without missing values."""
+        rng = np.random.RandomState(0)
+        rows, _ = draw_rows(rng, self.weights_, 20, lambda k, n: self._draw(rng, k, n))
+        return self.result_on(rows)
+
     def _n_parameters(self) -> int:
         """The number of free parameters, as scikit-learn's mixtures tell it."""
         return self.n_parameters_
@@ -194,7 +228,8 @@ class Mixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, F
 
 def log_sum(joint: NDArray) -> NDArray:
     """``log sum_k exp(joint_nk)`` of each row."""
-    return logsumexp(joint, axis=1)
+    most = joint.max(1)
+    return most + np.log(np.exp(joint - most[:, None]).sum(1))
 
 
 def responsibilities(joint: NDArray) -> NDArray:

@@ -1,4 +1,4 @@
-"""Programs that the estimators need beside the ready-made ones."""
+"""What the estimators need beside the ready-made programs: counts that are not whole."""
 
 from __future__ import annotations
 
@@ -13,41 +13,7 @@ from pyro.distributions import constraints
 from pyroem.families import register_family
 from pyroem.families.family import registered
 from pyroem.models.assignments import Program, assignment, equal_weights, rows
-from pyroem.models.gaussian import NAMED, _spread, gaussian_mixture
 from pyroem.models.priors import Prior
-
-
-def labelled_gaussian_mixture(components: int, covariance: str) -> Program:
-    """:func:`pyroem.models.gaussian_mixture` as ``program(x, labels=None)``.
-
-    For ``labels`` see :func:`pyroem.models.assignments.assignment`.
-    """
-    return partial(_gaussian, gaussian_mixture(components, covariance), components, covariance)
-
-
-def _gaussian(
-    plain: Program,
-    components: int,
-    covariance: str,
-    x: torch.Tensor,
-    labels: torch.Tensor | None = None,
-) -> None:
-    if labels is None:
-        return plain(x)
-    covariance = NAMED.get(covariance, covariance)
-    weights = equal_weights(x, components)
-    loc = pyro.param("loc", lambda: x.new_zeros(components, x.shape[1]))
-    spread = _spread(covariance, components, x)
-    with pyro.plate("rows", len(x)):
-        z = assignment(dist.Categorical(weights), x, labels)
-        own = spread if covariance in ("EEE", "EEI", "EII") else spread[z]
-        if covariance[2] != "I":
-            emission = dist.MultivariateNormal(loc[z], covariance_matrix=own)
-        else:
-            own = own.sqrt() if covariance in ("VEI", "EVI") else own
-            own = own.unsqueeze(-1) if covariance == "VII" else own
-            emission = dist.Normal(loc[z], own).to_event(1)
-        pyro.sample("x", emission, obs=x)
 
 
 class RealPoisson(dist.Poisson):
