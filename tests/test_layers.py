@@ -39,12 +39,12 @@ LAYERS: list[set[str]] = [
     {"solver"},
     {"em", "gradient", "stepwise"},
     {"api", "compare", "selection"},
-    {"plot"},
+    {"plot", "estimators"},
     {"__init__"},
     {"cli"},
     {"__main__"},
 ]
-FACES = {"plot", "cli", "__main__"}
+FACES = {"plot", "cli", "estimators", "__main__"}
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
