@@ -14,6 +14,7 @@ from pyroem.loop import Status
 
 CRITERIA = ("bic", "aic", "icl", "caic", "sabic", "cv")
 WIDTH = 96  # characters of a printed table; more settings continue below
+FEW = 6  # missing candidates that are named there
 TOP = 3  # candidates that are listed below the table
 
 
@@ -254,7 +255,7 @@ class Selection:
 
     def _remarks(self) -> list[str]:
         lines = []
-        bad = [row for row in self.rows if not row.counts]
+        bad = [row for row in self.rows if not row.counts and row.label not in self.missing]
         if bad:
             named = "; ".join(f"{row.label}: {row.status}" for row in bad)
             lines.append(f"not counted: {named}")
@@ -268,7 +269,9 @@ class Selection:
             named = "; ".join(row.label for row in ahead)
             lines.append(f"would be better, but ran out of iterations (raise max_iter): {named}")
         if self.missing:
-            lines.append(f"interrupted; missing: {'; '.join(self.missing)}")
+            more = len(self.missing) - FEW
+            named = "; ".join(self.missing[:FEW]) + (f"; and {more} more" if more > 0 else "")
+            lines.append(f"interrupted; missing: {named}")
         return [*lines, *self.notes]
 
 
