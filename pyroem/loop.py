@@ -212,8 +212,10 @@ def iterate(
             slack = noise * max(1.0, abs(state.log_joint))
             change = new.log_joint - state.log_joint
             if solver.monotone and change < -slack:
-                status = Status.DECREASED
                 message = f"iteration {iteration} lowered the objective by {-change:.3g}"
+                fallen = collapsed(problem, new.params)  # at the floor an update is no maximiser
+                status = Status.DEGENERATE if fallen else Status.DECREASED
+                message = "; ".join([*fallen, message])
                 break
             history.append(record)
             old, state = state, new

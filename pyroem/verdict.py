@@ -39,7 +39,7 @@ class Judged(Protocol):
 def judge(problem: Problem, solver: Judged, start: Start, outcome: Outcome) -> Outcome:
     """Look at where a run ended: collapse and symmetry overrule convergence."""
     params = outcome.state.params
-    failed = outcome.status in (Status.NON_FINITE, Status.DECREASED)
+    failed = outcome.status in (Status.NON_FINITE, Status.DECREASED, Status.DEGENERATE)
     # Close to the floor rounding may lower the objective: that is the collapse, not a defect.
     problems = collapsed(problem, params, 1e4 if failed else MARGIN)
     if not failed:

@@ -232,3 +232,14 @@ def test_parts_of_a_structure_cannot_be_held() -> None:
     mask[0] = True
     with pytest.raises(SettingError, match="covariance"):
         EM(fixed={"covariance": mask}).fit(gaussian_mixture(2, "VEV"), x)
+
+
+def test_a_component_on_a_plane_is_a_collapse() -> None:
+    """Rows that lie on a plane: the volume of the component is that of the others, its width none."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(120, 3, generator=generator, dtype=torch.float64)
+    x[:40] += 8
+    x[:40, 2] = 8.0
+    labels = (torch.arange(120) >= 40).long()
+    fit = EM().fit(gaussian_mixture(2, "EVV"), x, init={"z": labels})
+    assert fit.status is Status.DEGENERATE, fit
