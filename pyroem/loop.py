@@ -213,9 +213,9 @@ def iterate(
             change = new.log_joint - state.log_joint
             if solver.monotone and change < -slack:
                 message = f"iteration {iteration} lowered the objective by {-change:.3g}"
-                fallen = collapsed(problem, new.params)  # at the floor an update is no maximiser
-                status = Status.DEGENERATE if fallen else Status.DECREASED
-                message = "; ".join([*fallen, message])
+                floors = collapsed(problem, new.params)  # there an update is no maximiser
+                status = Status.DEGENERATE if floors else Status.DECREASED
+                message = "; ".join([*floors, message])
                 break
             history.append(record)
             old, state = state, new

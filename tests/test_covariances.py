@@ -235,7 +235,7 @@ def test_parts_of_a_structure_cannot_be_held() -> None:
 
 
 def test_a_component_on_a_plane_is_a_collapse() -> None:
-    """Rows that lie on a plane: the volume of the component is that of the others, its width none."""
+    """Rows that lie on a plane: their covariance has the others' volume, but no width."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(120, 3, generator=generator, dtype=torch.float64)
     x[:40] += 8

@@ -15,7 +15,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyroem import EM, MAP, DataError, Fit, ModelError, SettingError, blocks
+from pyroem import EM, MAP, DataError, Fit, ModelError, SettingError, blocks, datasets
 from pyroem.models.gaussian import gaussian_mixture
 from pyroem.problem import pose
 
@@ -66,6 +66,20 @@ def test_one_normal_is_at_the_maximum_of_the_observed_likelihood(engine: str) ->
         moved = observed_log_likelihood(x, loc + step, near @ near.mT)
         assert moved <= fit.log_likelihood
     assert "Missing:" in fit.explain() and "values of 'x' (NaN)" in fit.explain()
+
+
+def test_airquality() -> None:
+    """The reference maximised the observed likelihood directly, by another program."""
+    _, x = datasets.load("airquality", ["Ozone", "Solar.R", "Wind", "Temp"])
+    fit = EM(tol=1e-13, param_tol=1e-9).fit(gaussian_mixture(1), x)
+    assert fit.converged
+    assert fit.log_likelihood == pytest.approx(-2326.6973827983365, abs=1e-7)
+    mean = [41.871173019597926, 184.846806249845, 9.957516339869281, 77.88235294117646]
+    assert fit.params["loc"][0].tolist() == pytest.approx(mean, rel=1e-6)
+    first = [1044.0186430644785, 942.5298418132426, -64.63592769369905, 209.56350282618126]
+    assert fit.params["covariance"][0, 0].tolist() == pytest.approx(first, rel=1e-6)
+    assert fit.problem.df == 14
+    assert "Missing: 44 of the 612 values of 'x' (NaN)" in fit.explain()
 
 
 def test_one_iteration_is_that_of_the_textbook() -> None:
