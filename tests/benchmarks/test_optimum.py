@@ -28,7 +28,7 @@ def reached(fit: Fit, target: float) -> Record | None:
 def adam(problem: Problem, lr: float, target: float, most: int = STEPS) -> tuple[float, int, float]:
     """Seconds and steps until ``target`` or until patience ends, and the best objective."""
     best, seen, clock = -float("inf"), 0, time.perf_counter()
-    for loss in svi_losses(problem.model, problem.data, problem.params, problem.states, lr):
+    for loss in svi_losses(problem.oracle, problem.data, problem.params, problem.states, lr):
         best, seen = max(best, -loss), seen + 1
         if best >= target or seen > most or time.perf_counter() - clock > PATIENCE:
             break
