@@ -26,7 +26,6 @@ from pyroem.solver import Solver
 from pyroem.starts import starts
 
 SKLEARN = ("kmeans", "k-means++", "random", "random_from_data")
-CAP = 1e-3  # of a column's variance: the most that reg_covar adds to it
 
 
 class GaussianMixture(WithPrior):
@@ -167,13 +166,8 @@ class GaussianMixture(WithPrior):
             )
 
     def _learn(self, X: NDArray, weights: NDArray | None) -> None:
-        own = np.where(np.isnan(X), 0.0, 1.0 if weights is None else weights[:, None])
-        total = np.maximum(own.sum(0), np.finfo(np.float64).tiny)
-        x = np.nan_to_num(X.astype(np.float64))
-        centre = (own * x).sum(0) / total
-        variance = (own * (x - centre) ** 2).sum(0) / total
-        self._ridge = np.minimum(self.reg_covar, np.where(variance > 0, CAP * variance, np.inf))
         super()._learn(X, weights)
+        self._ridge = initial.ridge(X, weights, self.reg_covar)
 
     def _make_program(self) -> Program:
         K, prior = int(self.n_components), self._own_prior()
@@ -214,25 +208,15 @@ class GaussianMixture(WithPrior):
             return rng.multivariate_normal(mean, covariance, n)
         return mean + rng.standard_normal(size=(n, len(mean))) * np.sqrt(covariance)
 
-    def _given(self, K: int, D: int) -> tuple[Any, Any, Any]:
-        """What the user gives to start from: weights, means, covariances."""
-        weights, means, precisions = self.weights_init, self.means_init, self.precisions_init
-        weights = None if weights is None else initial.check_weights(weights, K)
-        means = None if means is None else initial.check_means(means, K, D)
-        if precisions is None:
-            return weights, means, None
-        precisions = initial.check_precisions(precisions, self._shape.form, K, D).astype(np.float64)
-        matrix = self._shape.form in ("full", "tied")
-        return weights, means, np.linalg.inv(precisions) if matrix else 1 / precisions
-
     def _inits(self, args: tuple[Any, ...], weights: NDArray | None) -> Iterator[Any]:
         """The starts, one after the other, as the core takes them; ``"auto"`` is one."""
         X, K, shape = args[0].numpy(), int(self.n_components), self._shape
-        values = self._given(K, X.shape[1])
-        own = dict(zip(("weights", "loc", shape.spread), values, strict=True))
-        if own[shape.spread] is not None:
-            own[shape.spread] = shape.parameter(own[shape.spread])
-        given = {n: v.astype(np.float64) for n, v in own.items() if v is not None}
+        inits = self.weights_init, self.means_init, self.precisions_init
+        values = initial.given_values(*inits, shape.form, K, X.shape[1])
+        own = zip(("weights", "loc", shape.spread), values, strict=True)
+        given = {n: v.astype(np.float64) for n, v in own if v is not None}
+        if shape.spread in given:
+            given[shape.spread] = shape.parameter(given[shape.spread])
         if self._warm():
             yield self._give()
             return
@@ -247,9 +231,9 @@ class GaussianMixture(WithPrior):
         rng = check_random_state(self.random_state)
         labels = args[1].numpy() if len(args) > 1 else None
         labels = None if labels is None or not (labels >= 0).any() else labels
+        simple = self.prior is None and shape.mclust in PRIORS
         for _ in range(int(self.n_init)):
             resp = initial.first_responsibilities(X, K, self.init_params, rng, weights)
-            simple = self.prior is None and shape.mclust in PRIORS
             if self.init_params in initial.SEEDS and (labels is not None or not simple):
                 resp = initial.nearest_seed(X, resp)
             resp = resp if labels is None else agreeing(resp, labels)
@@ -325,6 +309,4 @@ class GaussianMixture(WithPrior):
         """The number of free parameters, also of a mixture whose attributes were set by hand."""
         if hasattr(self, "n_parameters_"):
             return self.n_parameters_
-        K, D = self.means_.shape
-        own = {"full": K * D * (D + 1) // 2, "tied": D * (D + 1) // 2, "diag": K * D}
-        return own.get(self._shape.form, K) + K * D + K - 1
+        return self._shape.parameters(*self.means_.shape)
