@@ -26,7 +26,6 @@ from pyroem.solver import Solver
 from pyroem.starts import starts
 
 SKLEARN = ("kmeans", "k-means++", "random", "random_from_data")
-CAP = 1e-3  # of a column's variance: the most that reg_covar adds to it
 
 
 class GaussianMixture(WithPrior):
@@ -167,13 +166,8 @@ class GaussianMixture(WithPrior):
             )
 
     def _learn(self, X: NDArray, weights: NDArray | None) -> None:
-        own = np.where(np.isnan(X), 0.0, 1.0 if weights is None else weights[:, None])
-        total = np.maximum(own.sum(0), np.finfo(np.float64).tiny)
-        x = np.nan_to_num(X.astype(np.float64))
-        centre = (own * x).sum(0) / total
-        variance = (own * (x - centre) ** 2).sum(0) / total
-        self._ridge = np.minimum(self.reg_covar, np.where(variance > 0, CAP * variance, np.inf))
         super()._learn(X, weights)
+        self._ridge = initial.ridge(X, weights, self.reg_covar)
 
     def _make_program(self) -> Program:
         K, prior = int(self.n_components), self._own_prior()
@@ -247,9 +241,9 @@ class GaussianMixture(WithPrior):
         rng = check_random_state(self.random_state)
         labels = args[1].numpy() if len(args) > 1 else None
         labels = None if labels is None or not (labels >= 0).any() else labels
+        simple = self.prior is None and shape.mclust in PRIORS
         for _ in range(int(self.n_init)):
             resp = initial.first_responsibilities(X, K, self.init_params, rng, weights)
-            simple = self.prior is None and shape.mclust in PRIORS
             if self.init_params in initial.SEEDS and (labels is not None or not simple):
                 resp = initial.nearest_seed(X, resp)
             resp = resp if labels is None else agreeing(resp, labels)
@@ -325,6 +319,4 @@ class GaussianMixture(WithPrior):
         """The number of free parameters, also of a mixture whose attributes were set by hand."""
         if hasattr(self, "n_parameters_"):
             return self.n_parameters_
-        K, D = self.means_.shape
-        own = {"full": K * D * (D + 1) // 2, "tied": D * (D + 1) // 2, "diag": K * D}
-        return own.get(self._shape.form, K) + K * D + K - 1
+        return self._shape.parameters(*self.means_.shape)

@@ -17,6 +17,17 @@ SINGULAR = (
     " number of components, increase reg_covar, or scale the input data."
 )
 SEEDS = ("k-means++", "random_from_data")
+CAP = 1e-3  # of a column's variance: the most that is added to it
+
+
+def ridge(X: NDArray, weights: NDArray | None, amount: float) -> NDArray:
+    """What ``reg_covar`` adds to each column's variance ``[D]``; NaN are left out."""
+    own = np.where(np.isnan(X), 0.0, 1.0 if weights is None else weights[:, None])
+    total = np.maximum(own.sum(0), np.finfo(np.float64).tiny)
+    x = np.nan_to_num(X.astype(np.float64))
+    centre = (own * x).sum(0) / total
+    variance = (own * (x - centre) ** 2).sum(0) / total
+    return np.minimum(amount, np.where(variance > 0, CAP * variance, np.inf))
 
 
 def first_responsibilities(

@@ -65,3 +65,8 @@ class Shape:
             scale = np.sqrt(covariances)
             return {"EEI": scale[:1], "EII": scale[0]}.get(self.mclust, scale)
         return covariances
+
+    def parameters(self, K: int, D: int) -> int:
+        """How many are free, where the components share all of their covariance or nothing."""
+        own = {"full": K * D * (D + 1) // 2, "tied": D * (D + 1) // 2, "diag": K * D}
+        return own.get(self.form, K) + K * D + K - 1
