@@ -208,25 +208,15 @@ class GaussianMixture(WithPrior):
             return rng.multivariate_normal(mean, covariance, n)
         return mean + rng.standard_normal(size=(n, len(mean))) * np.sqrt(covariance)
 
-    def _given(self, K: int, D: int) -> tuple[Any, Any, Any]:
-        """What the user gives to start from: weights, means, covariances."""
-        weights, means, precisions = self.weights_init, self.means_init, self.precisions_init
-        weights = None if weights is None else initial.check_weights(weights, K)
-        means = None if means is None else initial.check_means(means, K, D)
-        if precisions is None:
-            return weights, means, None
-        precisions = initial.check_precisions(precisions, self._shape.form, K, D).astype(np.float64)
-        matrix = self._shape.form in ("full", "tied")
-        return weights, means, np.linalg.inv(precisions) if matrix else 1 / precisions
-
     def _inits(self, args: tuple[Any, ...], weights: NDArray | None) -> Iterator[Any]:
         """The starts, one after the other, as the core takes them; ``"auto"`` is one."""
         X, K, shape = args[0].numpy(), int(self.n_components), self._shape
-        values = self._given(K, X.shape[1])
-        own = dict(zip(("weights", "loc", shape.spread), values, strict=True))
-        if own[shape.spread] is not None:
-            own[shape.spread] = shape.parameter(own[shape.spread])
-        given = {n: v.astype(np.float64) for n, v in own.items() if v is not None}
+        inits = self.weights_init, self.means_init, self.precisions_init
+        values = initial.given_values(*inits, shape.form, K, X.shape[1])
+        own = zip(("weights", "loc", shape.spread), values, strict=True)
+        given = {n: v.astype(np.float64) for n, v in own if v is not None}
+        if shape.spread in given:
+            given[shape.spread] = shape.parameter(given[shape.spread])
         if self._warm():
             yield self._give()
             return

@@ -145,3 +145,16 @@ def check_precisions(precisions: Any, form: str, K: int, D: int) -> NDArray:
     if not symmetric or np.linalg.eigvalsh(precisions).min() <= 0:
         raise ValueError(f"'{form} precision' should be symmetric, positive-definite")
     return precisions
+
+
+def given_values(
+    weights: Any, means: Any, precisions: Any, form: str, K: int, D: int
+) -> tuple[NDArray | None, NDArray | None, NDArray | None]:
+    """Weights, means and covariances that the user gives to start from; None where not given."""
+    weights = None if weights is None else check_weights(weights, K)
+    means = None if means is None else check_means(means, K, D)
+    if precisions is None:
+        return weights, means, None
+    precisions = check_precisions(precisions, form, K, D).astype(np.float64)
+    matrix = form in ("full", "tied")
+    return weights, means, np.linalg.inv(precisions) if matrix else 1 / precisions
