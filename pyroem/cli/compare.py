@@ -69,7 +69,7 @@ def add(commands: Any) -> None:
     parser = add_command(
         commands, "compare", "fit a Gaussian mixture by several solvers and compare them", TEXT, run
     )
-    add_table(parser)
+    add_table(parser, "all numeric columns")
     mixture = parser.add_argument_group("the mixture")
     mixture.add_argument(
         "--components",

@@ -24,6 +24,9 @@ from pyroem.fit import Fit
 from pyroem.gradient import MAP
 from pyroem.solver import Solver
 
+FIRST = ("loc", "rate", "probs", "probs_0", "coefficients", "weights")
+MATRICES = ("covariance", "precision", "scale_tril")
+
 
 def solver_of(options: Namespace) -> Solver:
     """The solver of a request."""
@@ -90,7 +93,7 @@ def prepare(estimator: Any, table: Table) -> tuple[Any, ...]:
 def fit(estimator: Any, table: Table, options: Namespace) -> Fit:
     """Fit the estimator; the `Fit` that it holds."""
     args = prepare(estimator, table)
-    found = solver_of(options).fit(
+    solved = solver_of(options).fit(
         estimator._make_program(),
         *args,
         init=options.init,
@@ -98,18 +101,20 @@ def fit(estimator: Any, table: Table, options: Namespace) -> Fit:
         seed=options.seed,
         weights=counted(table).weights,
     )
-    adopt(estimator, found, table)
-    return found
+    return adopt(estimator, solved, table)
 
 
-def adopt(estimator: Any, found: Fit, table: Table) -> None:
-    """Give the estimator a fit of its program, and the names of the columns.
+def adopt(estimator: Any, solved: Fit, table: Table) -> Fit:
+    """Give the estimator a fit of its program, and the names of the columns; the fit in order.
+
+    Components without labels have no order of their own: they are put in that of `in_order`.
 
     Raises:
         FitError: the fit has parameters that are no mixture, such as a singular covariance.
     """
     from sklearn.exceptions import ConvergenceWarning
 
+    found = solved if table.labels is not None else in_order(solved)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # the command tells the status
@@ -119,6 +124,26 @@ def adopt(estimator: Any, found: Fit, table: Table) -> None:
     estimator.feature_names_in_ = np.array(table.columns, dtype=object)
     if table.categories:
         estimator.categories_ = list(table.categories)
+    return found
+
+
+def in_order(found: Fit) -> Fit:
+    """The fit with its components ordered by the first column.
+
+    By its mean, rate or probability (that of the first category), in regressions by the intercept;
+    where that is nothing of these, by their weights.
+    Matrices ``[D, D]``, and scales that all components share, have no component's place.
+    """
+    params = found.params
+    K = len(params["weights"])
+    first = next(params[name] for name in FIRST if name in params)
+    order = first.reshape(K, -1)[:, 0].argsort(stable=True)
+
+    def ordered(name: str, value: torch.Tensor) -> torch.Tensor:
+        shared = value.dim() == 0 or len(value) != K or (name in MATRICES and value.dim() == 2)
+        return value if shared else value[order]
+
+    return replace(found, params={name: ordered(name, v) for name, v in params.items()})
 
 
 def picture_params(model: Any) -> dict[str, torch.Tensor]:

@@ -46,7 +46,7 @@ def add_command(commands: Any, name: str, summary: str, text: str, run: Any) -> 
     return parser
 
 
-def add_table(parser: argparse.ArgumentParser) -> Any:
+def add_table(parser: argparse.ArgumentParser, default: str = "all that suit the family") -> Any:
     """The table and its columns."""
     parser.add_argument("data", metavar="DATA", help=DATA)
     group = parser.add_argument_group("columns")
@@ -54,8 +54,8 @@ def add_table(parser: argparse.ArgumentParser) -> Any:
         "--columns",
         type=names,
         metavar="A,B",
-        help="the columns to use, by name or by position from 1 (default: all that suit the"
-        " family); put a name that holds a comma in double quotes",
+        help=f"the columns to use, by name or by position from 1 (default: {default}); a name that"
+        " holds a comma stands in double quotes",
     )
     return group
 
@@ -81,6 +81,7 @@ def add_family(parser: argparse.ArgumentParser) -> Any:
         "--family",
         choices=FAMILIES,
         default="gaussian",
+        metavar="FAMILY",
         help="what each component is: gaussian (measurements), student-t (measurements with"
         " outliers), poisson (counts), bernoulli (0 or 1), categorical (text or whole numbers:"
         " latent classes), mixed (columns of different kinds), regression (lines, see"

@@ -43,10 +43,7 @@ def draw_mixture(
     params: dict[str, torch.Tensor], values: Any, columns: list[str], picture: Path
 ) -> None:
     """Write a picture of a Gaussian mixture, with the components' own numbers."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(3.4, 3.1), layout="constrained", dpi=200)
-    axes = figure.subplots()
+    figure, axes = _blank(3.4, 3.1)
     rows = torch.as_tensor(complete(values))
     plot.fitted_mixture(params, rows, columns, axes)
     # The picture counts components by the mean of their first column.
@@ -59,10 +56,18 @@ def draw_mixture(
 
 def draw_selection(selection: Any, picture: Path) -> None:
     """Write a picture of a selection's criterion."""
-    from matplotlib.figure import Figure
-
     lines = len({tuple(row.settings.items()) for row in selection.rows})
     height = 2.5 + 0.16 * math.ceil(lines / 4) * (lines > 1)
-    figure = Figure(figsize=(3.4, height), layout="constrained", dpi=200)
-    selection.plot(figure.subplots())
+    figure, axes = _blank(3.4, height)
+    selection.plot(axes)
     figure.savefig(picture)
+
+
+def _blank(width: float, height: float) -> tuple[Any, Any]:
+    """A figure that belongs to no window, and its axes."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(plot.STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained", dpi=200)
+        return figure, figure.subplots()

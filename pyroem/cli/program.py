@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -47,6 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = make_parser().parse_args(argv)
         with warnings_in_a_line():
             code: int = options.run(options)
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader of a pipe has seen enough (pyroem predict ... | head).
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return SUCCESS
     except (UsageError, PyroemError, OSError) as error:
         print(f"pyroem: error: {one_line(error)}", file=sys.stderr)
         return AT_FAULT
