@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from sklearn.utils.validation import check_is_fitted
 
 from pyroem._pyro import isolated
@@ -59,9 +61,11 @@ class Increments(Mixture):
         if running is None:
             self.__dict__.pop("converged_", None)
             self._accept(self._run(args, weights), X.dtype)
-            every = -(-len(args[0]) // SAMPLE)
-            sample = tuple(None if a is None else a[::every].clone() for a in args)
+            some = some_rows(X)
+            sample = tuple(None if a is None else a[some].clone() for a in args)
             running = Running(sample, {}, 0, 0.0)
+        if np.isnan(X).any() and not running.sample[0].isnan().any():
+            raise ValueError("X: values are missing, but none were in the first batch.")
         check_is_fitted(self)
         params = {n: torch.as_tensor(v) for n, v in self._give().items()}
         problem = self._problem(running)
@@ -88,6 +92,13 @@ class Increments(Mixture):
         return found[1]
 
 
+def some_rows(X: NDArray) -> torch.Tensor:
+    """Rows to read the program on: from all over the batch, some with missing values among them."""
+    spread = np.arange(0, len(X), -(-len(X) // SAMPLE))
+    missing = np.flatnonzero(np.isnan(X).any(1))[:SAMPLE]
+    return torch.as_tensor(np.union1d(spread, missing))
+
+
 def advance(
     problem: Problem, running: Running, params: Params, args: tuple[Any, ...], weights: Any
 ) -> tuple[Running, Params, float]:
@@ -97,7 +108,7 @@ def advance(
         raise ModelError(f"partial_fit: expected a program with a kernel; {engine.description}.")
     params = {n: problem.structure.value(n, v) for n, v in params.items()}
     what = "The batch"
-    rows = maker_of(problem)((args, {}), len(args[0]), weights, what, running.count == 0)
+    rows = maker_of(problem)((args, {}), len(args[0]), weights, what, True)
     with isolated(problem.structure.program.dtype, 0), torch.no_grad():
         found = engine.over([rows], params)
         seen = running.rows + rows.total
