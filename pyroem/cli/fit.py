@@ -184,7 +184,8 @@ def print_status(fit: Fit) -> None:
     ended = f"Status: {fit.status}, after {fit.n_iter} iterations."
     if not fit.converged:
         ended += f" {fit.status.explanation}"
-    print(f"{ended} {fit.message}".rstrip())
+    note = " (there components count from 0)" if "[" in fit.message else ""
+    print(f"{ended} {fit.message}".rstrip() + note)
 
 
 def results_of(model: Any, fit: Fit, table: Table, options: argparse.Namespace) -> dict[str, Any]:

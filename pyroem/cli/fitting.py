@@ -107,14 +107,16 @@ def fit(estimator: Any, table: Table, options: Namespace) -> Fit:
 def adopt(estimator: Any, solved: Fit, table: Table) -> Fit:
     """Give the estimator a fit of its program, and the names of the columns; the fit in order.
 
-    Components without labels have no order of their own: they are put in that of `in_order`.
+    Components without labels have no order of their own: they are put in that of `in_order`, unless
+    the fit has a message, which may name some of them.
 
     Raises:
         FitError: the fit has parameters that are no mixture, such as a singular covariance.
     """
     from sklearn.exceptions import ConvergenceWarning
 
-    found = solved if table.labels is not None else in_order(solved)
+    named = table.labels is not None or bool(solved.message)
+    found = solved if named else in_order(solved)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # the command tells the status

@@ -98,7 +98,9 @@ def load(path: Path) -> Any:
     try:
         return estimators.load(path)
     except ValueError as error:
-        raise UsageError(f"MODEL.json: {one_line(error)}") from error
+        raise UsageError(
+            f"MODEL.json: expected a file that pyroem fit wrote; {one_line(error)}"
+        ) from error
 
 
 def columns_of(model: Any, path: Path) -> list[str]:

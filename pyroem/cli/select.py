@@ -32,7 +32,7 @@ choose the best by a criterion. Prints a table of all, and the components of
 the best, which --output writes to a file for pyroem predict.
 
 example, with a data set that ships with pyroem:
-  pyroem select faithful --components 1-4 --covariance EII,EEE,VVV --plot bic.png
+  pyroem select faithful --components 1-4 --covariance EEE,VVV --plot bic.png
 
 words:
   bic, aic, icl, caic, sabic
