@@ -766,7 +766,7 @@ def test_columns_are_matched_by_name(
     capsys.readouterr()
     message = error(capsys, "predict", model, "faithful")
     assert "lacks the model's column x; it has eruptions, waiting" in message
-    more = ["--components", "1", "--family", "regression", "--response", "y"]
+    more = ["--components", "1", "--family", "regression", "--response", "7"]
     assert cli.main([*arguments, *more]) == 0
     (tmp_path / "new.csv").write_text("x\n1\n2\n")
     capsys.readouterr()

@@ -113,8 +113,6 @@ def run(options: argparse.Namespace) -> int:
         print_heading(table, options)
         print(f"{describe(options)}\n", flush=True)
     fit = fitting.fit(model, table, options)
-    if options.response is not None:
-        model.response_name_ = options.response
     if options.json:
         print(as_json(results_of(model, fit, table, options)))
     else:

@@ -124,6 +124,8 @@ def adopt(estimator: Any, solved: Fit, table: Table) -> Fit:
     except ValueError as error:
         raise FitError(f"the fit ended as {found.status}: {one_line(error)}") from error
     estimator.feature_names_in_ = np.array(table.columns, dtype=object)
+    if table.response_name is not None:
+        estimator.response_name_ = table.response_name
     if table.categories:
         estimator.categories_ = list(table.categories)
     return found

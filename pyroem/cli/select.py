@@ -154,8 +154,6 @@ def model_of_best(options: argparse.Namespace, table: Table, best: Candidate) ->
     model = families.make(options, best.components, covariance, table)
     fitting.prepare(model, table)
     fitting.adopt(model, best.fit, table)
-    if options.response is not None:
-        model.response_name_ = options.response
     return model
 
 

@@ -35,6 +35,7 @@ class Table:
     kinds: list[Any] = field(default_factory=list)
     categories: list[NDArray[Any] | None] = field(default_factory=list)
     response: NDArray[Any] | None = None
+    response_name: str | None = None
     weights: NDArray[Any] | None = None
     labels: NDArray[Any] | None = None
 
@@ -95,6 +96,7 @@ def read(
         found_kinds,
         categories,
         response=_response(sheet, own.get("response"), response_family),
+        response_name=sheet.title(own["response"]) if "response" in own else None,
         weights=_weights(sheet, own.get("weights")),
         labels=_labels(sheet, own.get("labels")),
     )
