@@ -15,6 +15,7 @@ from pyroem import datasets
 from pyroem.cli import parquet
 from pyroem.cli.failures import UsageError
 from pyroem.datasets import Category, Sheet
+from pyroem.errors import DataError
 
 NUMBERS = ("gaussian", "student-t", "poisson", "bernoulli", "regression")
 
@@ -144,8 +145,11 @@ def _reason(sheet: Sheet, index: int, family: str) -> str | None:
         return sheet.reason_to_leave_out(index)
     if not sheet.header[index]:
         return "it has no name"
-    empty = all(cell is None for cell in sheet.categories(index))
-    return "it is empty" if empty else None
+    try:
+        cells = sheet.categories(index)
+    except DataError:
+        return "it holds neither text nor numbers"
+    return "it is empty" if all(cell is None for cell in cells) else None
 
 
 def _by_index(sheet: Sheet, kinds: Mapping[str, str]) -> dict[int, str]:
