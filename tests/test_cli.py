@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import pyroem
 from pyroem import EM, cli
-from pyroem.cli import families, fitting, outputs, parquet
+from pyroem.cli import families, fitting, outputs, parquet, pictures
 from pyroem.cli.program import make_parser
 from pyroem.errors import SettingError
 from pyroem.estimators import GaussianMixture, load
@@ -494,6 +495,22 @@ def test_known_components_keep_their_numbers(
     assert labelled == pytest.approx([5, 0], abs=0.5)
     assert cli.main([*arguments, "--output", model]) == 0
     assert load(model).means_[:, 0] == pytest.approx(labelled[::-1], abs=0.2)
+
+
+def test_a_picture_has_the_numbers_of_the_model(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its looks are in the order of the first column, whatever the numbers are."""
+    texts: list[str] = []
+
+    def look(figure: Figure, path: Path) -> None:
+        texts.extend(t.get_text() for legend in figure.legends for t in legend.get_texts())
+
+    monkeypatch.setattr(Figure, "savefig", look)
+    values = np.array([[4.0, 80.0], [2.0, np.nan], [2.0, 55.0]])
+    pictures.draw_mixture(PARAMS, values, ["a", "b"], tmp_path / "p.png")
+    assert texts == ["k = 2 (40%)", "k = 1 (60%)"]
+    assert pictures.shown(values) == " (2 of 3 rows, the others lack a value)"
 
 
 def test_components_that_are_all_known_are_not_moved(tmp_path: Path) -> None:
