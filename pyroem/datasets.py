@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -24,6 +25,7 @@ DELIMITERS = (",", ";", "\t")
 MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "?"})
 
 Column = str | int
+Category = str | float | None
 Table = tuple[list[str], torch.Tensor]
 
 
@@ -42,13 +44,22 @@ def load(name: str, columns: Sequence[Column] | None = None) -> Table:
     Raises:
         DataError: no data set has that name, or it has no such column.
     """
+    return _table(shipped(name), columns)
+
+
+def shipped(name: str) -> Sheet:
+    """The cells of a data set that ships with the package.
+
+    Raises:
+        DataError: no data set has that name.
+    """
     if name not in names():
         raise DataError(
             f"Expected one of the data sets {', '.join(names())}; got {name!r}."
             + _suggestion(name, names())
         )
     text = files("pyroem").joinpath("data").joinpath(f"{name}.csv").read_text(encoding="utf-8")
-    return _table(_parse(text, name), columns)
+    return _parse(text, name)
 
 
 def read_csv(path: str | Path, columns: Sequence[Column] | None = None) -> Table:
@@ -63,27 +74,91 @@ def read_csv(path: str | Path, columns: Sequence[Column] | None = None) -> Table
             number.
         OSError: the file cannot be read.
     """
-    return _table(_read(path), columns)
+    return _table(sheet(path), columns)
 
 
 def left_out(path: str | Path) -> dict[str, str]:
     """The columns that ``read_csv(path)`` does not take, each with the reason."""
-    sheet = _read(path)
-    reasons = ((sheet.title(i), sheet.reason_to_leave_out(i)) for i in range(len(sheet.header)))
+    cells = sheet(path)
+    reasons = ((cells.title(i), cells.reason_to_leave_out(i)) for i in range(len(cells.header)))
     return {title: reason for title, reason in reasons if reason is not None}
 
 
 @dataclass(frozen=True)
-class _Sheet:
-    """The cells of a file as text, with the line on which each row starts."""
+class Sheet(ABC):
+    """Named columns of cells, of which each can be asked for as numbers or as categories."""
 
     source: str
     header: list[str]
+
+    def title(self, index: int) -> str:
+        """The name of a column, or its position where it has none."""
+        return self.header[index] or f"column {index + 1}"
+
+    def find(self, column: Column) -> int:
+        """The index of a column, by name or by position counted from 1.
+
+        Raises:
+            DataError: there is no such column.
+        """
+        if column and column in self.header:
+            return self.header.index(str(column))
+        if isinstance(column, int) or column.isdecimal():
+            if not 1 <= int(column) <= len(self.header):
+                raise DataError(
+                    f"{self.source}: expected a column from 1 to {len(self.header)}; got {column}."
+                )
+            return int(column) - 1
+        known = [self.title(i) for i in range(len(self.header))]
+        raise DataError(
+            f"{self.source}: expected one of the columns {', '.join(known)}; got {column!r}."
+            + _suggestion(column, known)
+        )
+
+    @abstractmethod
+    def place(self, row: int) -> str:
+        """Where a row stands: ``line 3``."""
+
+    @abstractmethod
+    def numbers(self, index: int) -> list[float]:
+        """A column as numbers, NaN where one is missing.
+
+        Raises:
+            DataError: a cell is neither missing nor a finite number.
+        """
+
+    @abstractmethod
+    def texts(self, index: int) -> list[str | None]:
+        """A column as text, as it stands; None where it is missing.
+
+        Raises:
+            DataError: the column holds what is neither text nor a number.
+        """
+
+    @abstractmethod
+    def is_numeric(self, index: int) -> bool:
+        """Whether every cell of a column is missing or a finite number."""
+
+    def categories(self, index: int) -> Sequence[Category]:
+        """A column as numbers where every cell is one, else as text; None where one is missing."""
+        if not self.is_numeric(index):
+            return self.texts(index)
+        return [None if math.isnan(number) else number for number in self.numbers(index)]
+
+    @abstractmethod
+    def reason_to_leave_out(self, index: int) -> str | None:
+        """Why a column is not taken where all columns of numbers are asked for; None if it is."""
+
+
+@dataclass(frozen=True)
+class _Text(Sheet):
+    """The cells of a file as text, with the line on which each row starts."""
+
     rows: list[list[str]]
     lines: list[int]
 
-    def title(self, index: int) -> str:
-        return self.header[index] or f"column {index + 1}"
+    def place(self, row: int) -> str:
+        return f"line {self.lines[row]}"
 
     def bad_cells(self, index: int) -> list[tuple[int, str, str]]:
         """``(line, text, problem)`` for each cell that is neither missing nor a finite number."""
@@ -105,22 +180,6 @@ class _Sheet:
             return None  # a column with numbers: a bad cell in it is an error
         return f"line {bad[0][0]}: {bad[0][1]!r} is {bad[0][2]}" if bad else "it is empty"
 
-    def find(self, column: Column) -> int:
-        """The index of a column, by name or by position counted from 1."""
-        if column and column in self.header:
-            return self.header.index(str(column))
-        if isinstance(column, int) or column.isdecimal():
-            if not 1 <= int(column) <= len(self.header):
-                raise DataError(
-                    f"{self.source}: expected a column from 1 to {len(self.header)}; got {column}."
-                )
-            return int(column) - 1
-        known = [self.title(i) for i in range(len(self.header))]
-        raise DataError(
-            f"{self.source}: expected one of the columns {', '.join(known)}; got {column!r}."
-            + _suggestion(column, known)
-        )
-
     def numbers(self, index: int) -> list[float]:
         if bad := self.bad_cells(index):
             line, text, problem = bad[0]
@@ -133,8 +192,14 @@ class _Sheet:
             )
         return [math.nan if _missing(cell) else float(cell) for cell in self._cells(index)]
 
+    def texts(self, index: int) -> list[str | None]:
+        return [None if _missing(cell) else cell for cell in self._cells(index)]
 
-def _table(sheet: _Sheet, columns: Sequence[Column] | None) -> Table:
+    def is_numeric(self, index: int) -> bool:
+        return not self.bad_cells(index)
+
+
+def _table(sheet: Sheet, columns: Sequence[Column] | None) -> Table:
     if isinstance(columns, str):
         raise DataError(f"Expected a list of columns; got the text {columns!r}.")
     if columns is None:
@@ -151,7 +216,13 @@ def _table(sheet: _Sheet, columns: Sequence[Column] | None) -> Table:
     return [sheet.title(i) for i in chosen], values.T.contiguous()
 
 
-def _read(path: str | Path) -> _Sheet:
+def sheet(path: str | Path) -> Sheet:
+    """The cells of a CSV file; see `read_csv`.
+
+    Raises:
+        DataError: the file is no such table.
+        OSError: the file cannot be read.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -159,7 +230,7 @@ def _read(path: str | Path) -> _Sheet:
     return _parse(text, str(path))
 
 
-def _parse(text: str, source: str) -> _Sheet:
+def _parse(text: str, source: str) -> Sheet:
     """Split a text into header and rows, and check that they fit each other."""
     try:
         records = _records(text, _delimiter(text))
@@ -188,7 +259,7 @@ def _parse(text: str, source: str) -> _Sheet:
             f"{source}, line {line}: expected {len(header)} cells, as in the first line; "
             f"got {width}{more}."
         )
-    return _Sheet(source, header, [row for _, row in rest], [line for line, _ in rest])
+    return _Text(source, header, [row for _, row in rest], [line for line, _ in rest])
 
 
 def _records(text: str, delimiter: str, limit: int | None = None) -> list[tuple[int, list[str]]]:

@@ -194,3 +194,23 @@ def test_other_encodings_are_refused(tmp_path: Path) -> None:
 def test_absent_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         datasets.read_csv(tmp_path / "absent.csv")
+
+
+def test_cells_are_categories_where_they_are_asked_for_as_such(tmp_path: Path) -> None:
+    """Whether they are numbers is a matter of the whole column; missing cells are None."""
+    path = write(tmp_path, "a,b,c,d\n1,x, 2.0,\n01,1,NA,\n,?,3,\n")
+    cells = datasets.sheet(path)
+    assert [cells.is_numeric(i) for i in range(4)] == [True, False, True, True]
+    assert cells.categories(0) == [1.0, 1.0, None]
+    assert cells.categories(1) == ["x", "1", None]
+    assert cells.categories(2) == [2.0, None, 3.0]
+    assert cells.texts(2) == ["2.0", None, "3"]
+    assert cells.categories(3) == [None, None, None]
+    assert [cells.place(row) for row in range(3)] == ["line 2", "line 3", "line 4"]
+    with pytest.raises(DataError, match="column 'b', line 2: expected a finite number; got 'x'"):
+        cells.numbers(1)
+
+
+def test_the_cells_of_shipped_data() -> None:
+    cells = datasets.shipped("airquality")
+    assert cells.header[0] == "Ozone" and sum(c is None for c in cells.categories(0)) == 37
