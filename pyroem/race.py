@@ -87,7 +87,8 @@ def race(
     best optimum, there are further rounds.
     """
     (tries, laps), clock = extent(problem), time.perf_counter()
-    rounds = search.rounds if len(laps) == len(LAPS) else 1
+    quick = len(laps) == len(LAPS) and not no_batch(problem)
+    rounds = search.rounds if quick else 1
     only = frozenset(problem.free) - kept if kept else None
     pooled = from_evidence(problem, placed(problem, program), {}, None, only)
     runs: list[_Run] = []
@@ -168,7 +169,7 @@ def extent(problem: Problem) -> tuple[int, tuple[tuple[int, float], ...]]:
     if plan.on(Rung.ON_STATISTICS) or plan.on(Rung.GRADIENT):
         work *= 10
     if work <= 100_000:
-        return 12, LAPS
+        return (8 if no_batch(problem) else 12), LAPS
     return (6, LAPS[:-1]) if work <= 1_000_000 else (3, LAPS[:-1])
 
 
