@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from pyro import distributions as dist
 from torch import Tensor
 
-from pyroem._pyro import Enumerated, Incomplete, unwrap
+from pyroem._pyro import Enumerated, unwrap
 from pyroem.problem import Problem
-from pyroem.structure import base_mask
+from pyroem.structure import seen_cells
 from pyroem.symmetry import StateGroup
 
 MOST = 4_000_000  # numbers in one matrix of distances
 CHUNK = 100_000
+POWERS = 30  # iterations of the power method
 
 
 def rows_shape(problem: Problem, z: str) -> tuple[int, ...]:
@@ -60,6 +60,23 @@ def sphered(rows: Tensor) -> Tensor:
     return left[:, kept] * len(rows) ** 0.5
 
 
+def along_longest_axis(rows: Tensor, weights: Tensor) -> Tensor:
+    """Where weighted rows lie along their first principal axis, from their mean on.
+
+    By the power method: a direction is enough, no eigenvector.
+    """
+    gaps = rows - (weights @ rows) / weights.sum().clamp(min=1e-300)
+    axis = torch.zeros(rows.shape[1], dtype=rows.dtype)
+    axis[int((weights @ gaps**2).argmax())] = 1.0
+    for _ in range(POWERS):
+        turned = gaps.T @ (weights * (gaps @ axis))
+        size = float(turned.norm())
+        if not size > 0:
+            break
+        axis = turned / size
+    return gaps @ axis
+
+
 def _columns(problem: Problem, z: str, name: str) -> Tensor | None:
     """The data of one observation as rows over the plates of ``z``."""
     node = problem.nodes[name]
@@ -87,26 +104,15 @@ def _columns(problem: Problem, z: str, name: str) -> Tensor | None:
         moved = moved.expand((*sizes, *moved.shape[len(sizes) :]))
         return moved.reshape(int(torch.Size(sizes).numel()), -1)
 
-    rows, seen = by_row(value), _seen(node, base, value)
-    if seen is None:
+    rows, seen = by_row(value), seen_cells(node)
+    if seen is not None and isinstance(base, dist.Categorical):
+        seen = seen.unsqueeze(-1)
+    if seen is None or seen.dim() > value.dim():  # one that differs by state
         return rows
     # Where nothing is seen the column's mean stands in.
     shown = by_row(seen.expand_as(value))
     mean = torch.where(shown, rows, 0.0).sum(0) / shown.sum(0).clamp(min=1)
     return torch.where(shown, rows, mean)
-
-
-def _seen(node: Any, base: Any, value: Tensor) -> Tensor | None:
-    """Which cells of an observation are seen, broadcastable to its value; None where all are."""
-    mask = base_mask(node)
-    events = len(base.event_shape) + isinstance(base, dist.Categorical)
-    if mask is not None:
-        mask = mask.reshape(mask.shape + (1,) * events)
-    if isinstance(base, Incomplete):
-        mask = base.seen if mask is None else base.seen & mask
-    if mask is None or mask.dim() > value.dim():  # one that differs by state
-        return None
-    return mask
 
 
 def cluster_means(rows: Tensor, labels: Tensor) -> Tensor:

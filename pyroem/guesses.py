@@ -82,16 +82,15 @@ def guessed_together(
     if len(seeds) < 2 or not alone or no_batch(problem) or not has_one_group(problem):
         return [guessed(problem, pooled, method, seed, only) for seed in seeds]
     assert group is not None
-    z, k, count = group.assignments[0], group.num_states, len(seeds)
+    z, k, told = group.assignments[0], group.num_states, _told(problem, group.assignments[0])
     rows = int(torch.Size(rows_shape(problem, z)).numel())
     trace = problem.plan.reading.traces[0]
     seen = _rows(problem, trace, group, method)
     if seen is not None:
         labels = kmeans(seen, k, seeds)
         other = (1 - CERTAINTY) / max(k - 1, 1)
-        posterior = torch.full((count, k, rows), other, dtype=seen.dtype)
+        posterior = torch.full((len(seeds), k, rows), other, dtype=seen.dtype)
         posterior.scatter_(1, labels.unsqueeze(1), CERTAINTY if k > 1 else 1.0)
-        told = _told(problem, z)
         if told is not None:
             posterior = torch.stack([_renamed(p.T, told).T for p in posterior])
     else:
@@ -100,10 +99,18 @@ def guessed_together(
             evidence: Evidence = {}
             generator = torch.Generator().manual_seed(seed)
             importance = _random(problem, group, evidence, generator, None)
-            evidence.update(_agreeing(problem, group, evidence))
-            soft = evidence[z].reshape(rows, k).T
+            soft = evidence[z].reshape(rows, k)
+            soft = (soft if told is None else _renamed(soft, told)).T
             parts.append(soft if importance is None else soft * importance.reshape(-1))
         posterior = torch.stack(parts)
+    return from_posteriors(problem, pooled, posterior, only)
+
+
+def from_posteriors(
+    problem: Problem, pooled: Params, posterior: Tensor, only: frozenset[str] | None = None
+) -> list[Params]:
+    """One M-step from ``pooled`` under each of several posteriors (states by rows), as one."""
+    count = len(posterior)
     batch = Batch(problem, count)
     found = batch.m_step(stack([pooled] * count), batch.expected_given(posterior), only)
     return unstack(problem.clip(found))

@@ -16,7 +16,7 @@ from pyroem.estep.chain import chain_weights, lengths
 from pyroem.estep.trace import factor_weights, marginal
 from pyroem.families.incomplete import conditional, conditional_draw
 from pyroem.sequences import all_steps, observed
-from pyroem.structure import Params, Structure, base_mask
+from pyroem.structure import Params, Structure, seen_cells
 
 
 def means(structure: Structure, params: Params) -> dict[str, Tensor]:
@@ -105,8 +105,10 @@ def _completed(
     value = node["value"].to(structure.program.dtype)
     rank = structure.nesting + events + inner
     value = value.reshape((1,) * (rank - value.dim()) + value.shape)
+    seen = seen_cells(node)
+    seen = torch.ones((), dtype=torch.bool) if seen is None else seen
     try:
-        own = fill(base, value, _seen(node, base))
+        own = fill(base, value, seen)
     except NotImplementedError as error:
         raise ModelError(
             f"impute: site '{name}': {type(base).__name__} has no mean; use draws=..."
@@ -118,19 +120,9 @@ def _completed(
     total = total.sum(away) if away else total
     if categorical:
         total = total.argmax(-1).to(value)
-    seen = _seen(node, base)
     while seen.dim() > rank:  # the same in all states
         seen = seen[0]
     return torch.where(seen, value, total)
-
-
-def _seen(node: Any, base: Any) -> Tensor:
-    """Which cells are seen; a cell that the program masks is not."""
-    mask = base_mask(node)
-    found = torch.ones((), dtype=torch.bool) if mask is None else mask
-    if isinstance(base, Incomplete):
-        return base.seen & (found if mask is None else found.unsqueeze(-1))
-    return found.reshape(found.shape + (1,) * len(base.event_shape))
 
 
 def _expected(base: Any, value: Tensor, seen: Tensor) -> Tensor:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyroem.batch import Batch, has_one_group, no_batch, stack, unstack
-from pyroem.clustering import features
-from pyroem.guesses import from_evidence
+from pyroem.batch import has_one_group, no_batch
+from pyroem.clustering import along_longest_axis, features
+from pyroem.guesses import from_evidence, from_posteriors
 from pyroem.problem import Problem
 from pyroem.structure import Params
 
@@ -33,7 +33,8 @@ def moves(problem: Problem, params: Params, pooled: Params) -> list[Params]:
     r = given.reshape(-1, k)
     if len(r) != len(rows):
         return []
-    sides = [_side(rows, r[:, part]) for part in range(k)]
+    scores = [along_longest_axis(rows, r[:, part]) for part in range(k)]
+    sides = [(score > 0).to(rows) for score in scores]
     found = []
     for i, j in _alike(r):
         for part in range(k):
@@ -48,10 +49,7 @@ def moves(problem: Problem, params: Params, pooled: Params) -> list[Params]:
     if no_batch(problem) or not has_one_group(problem):
         evidence = [{z: new.reshape(given.shape)} for new in found]
         return [problem.clip(from_evidence(problem, pooled, e, None)) for e in evidence]
-    batch = Batch(problem, len(found))
-    posterior = torch.stack([new.T for new in found])
-    ahead = batch.m_step(stack([pooled] * len(found)), batch.expected_given(posterior))
-    return unstack(problem.clip(ahead))
+    return from_posteriors(problem, pooled, torch.stack([new.T for new in found]))
 
 
 def _alike(r: Tensor) -> list[tuple[int, int]]:
@@ -61,11 +59,3 @@ def _alike(r: Tensor) -> list[tuple[int, int]]:
     i, j = torch.triu_indices(r.shape[1], r.shape[1], 1)
     order = overlap[i, j].argsort(descending=True, stable=True)
     return [(int(i[n]), int(j[n])) for n in order]
-
-
-def _side(rows: Tensor, weights: Tensor) -> Tensor:
-    """Which rows lie on one side of a component's mean, along its longest axis."""
-    total = weights.sum().clamp(min=1e-300)
-    away = rows - weights @ rows / total
-    axis = torch.linalg.eigh((away * weights.unsqueeze(1)).T @ away)[1][:, -1]
-    return (away @ axis > 0).to(rows)

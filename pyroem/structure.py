@@ -14,6 +14,7 @@ from torch.distributions import transform_to
 
 from pyroem._pyro import (
     Enumerated,
+    Incomplete,
     Program,
     Site,
     Values,
@@ -338,3 +339,16 @@ def base_mask(site: Site) -> Tensor | None:
         mask = mask.reshape(mask.shape + (1,) * (events - outside))
         total = mask if total is None else total & mask
     return total
+
+
+def seen_cells(site: Site) -> Tensor | None:
+    """Which cells of an observation are seen, over its batch and event dims; None where all are.
+
+    A cell that is masked is not seen.
+    """
+    base, mask = unwrap(site["fn"])[0], base_mask(site)
+    if mask is not None:
+        mask = mask.reshape(mask.shape + (1,) * len(base.event_shape))
+    if isinstance(base, Incomplete):
+        mask = base.seen if mask is None else base.seen & mask
+    return mask

@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import torch
 
 from pyroem.models.assignments import Program, assignment, check_choice, check_count, rows
-from pyroem.models.priors import Prior
+from pyroem.models.priors import Prior, component_weights
 
 Covariance = Literal["full", "diagonal", "tied", "spherical"]
 
@@ -75,7 +75,7 @@ def _program(
     x = rows(x, len(prior.mean))
     K, (N, D) = components, x.shape
     mean, S, nu = prior.mean.to(x), prior.covariance.to(x), x.new_tensor(degrees)
-    weights = pyro.sample("weights", dist.Dirichlet(x.new_full((K,), 1 + prior.size / K)))
+    weights = component_weights(x, K, prior)
     if covariance in ("full", "tied"):
         wishart = dist.Wishart(nu + 2 * D + 2, precision_matrix=S)
         own = wishart.expand([K]).to_event(1) if covariance == "full" else wishart

@@ -12,10 +12,9 @@ from pyroem.models.assignments import (
     Program,
     assignment,
     check_count,
-    equal_weights,
     rows,
 )
-from pyroem.models.priors import CategoryPrior, Prior
+from pyroem.models.priors import CategoryPrior, Prior, component_weights
 
 
 def bernoulli_mixture(components: int, prior: Prior | None = None) -> Program:
@@ -45,13 +44,12 @@ def _bernoulli(
 ) -> None:
     x = rows(x)
     K, (N, D) = components, x.shape
+    weights = component_weights(x, K, prior)
     if prior is None:
-        weights = equal_weights(x, K)
         start = lambda: x.new_full((K, D), 0.5)  # noqa: E731
         probs = pyro.param("probs", start, constraint=constraints.unit_interval)
     else:
         size, mean = x.new_tensor(prior.size / K), prior.mean.to(x)
-        weights = pyro.sample("weights", dist.Dirichlet((1 + size).expand(K)))
         beta = dist.Beta(1 + size * mean, 1 + size * (1 - mean))
         probs = pyro.sample("probs", beta.expand([K, D]).to_event(2))
     with pyro.plate("rows", N):
@@ -92,17 +90,14 @@ def _latent_class(
     prior: CategoryPrior | None,
 ) -> None:
     x, K = rows(x, len(categories)), components
-    if prior is None:
-        weights = equal_weights(x, K)
-    else:
-        size = x.new_tensor(prior.size / K)
-        weights = pyro.sample("weights", dist.Dirichlet((1 + size).expand(K)))
+    weights = component_weights(x, K, prior)
     tables = []
     for j, C in enumerate(categories):
         if prior is None:
             start = x.new_ones(K, C) / C
             table = pyro.param(f"probs_{j}", start, constraint=constraints.simplex)
         else:
+            size = x.new_tensor(prior.size / K)
             dirichlet = dist.Dirichlet(1 + size * prior.proportions[j].to(x))
             table = pyro.sample(f"probs_{j}", dirichlet.expand([K]).to_event(1))
         tables.append(table)

@@ -15,10 +15,12 @@ from pyroem.models.assignments import (
     equal_weights,
     rows,
 )
-from pyroem.models.priors import Prior
+from pyroem.models.priors import Prior, component_weights
 
 
-def poisson_mixture(components: int, prior: Prior | None = None) -> Program:
+def poisson_mixture(
+    components: int, prior: Prior | None = None, distribution: type[dist.Poisson] = dist.Poisson
+) -> Program:
     """The program ``program(x, labels=None, exposure=None)`` for counts ``x [N, D]``.
 
         z_n ~ Categorical(weights),   x_nj | z_n = k ~ Poisson(exposure_n rate_kj)
@@ -28,11 +30,12 @@ def poisson_mixture(components: int, prior: Prior | None = None) -> Program:
 
         weights ~ Dirichlet(1 + s),   rate_kj ~ Gamma(1 + s mean_j, s),   s = size / K
 
-    For ``labels`` see :func:`pyroem.models.assignments.assignment`. Raises ``ValueError`` on a
-    setting or shape outside of these.
+    ``distribution`` may be a subclass, with another support. For ``labels`` see
+    :func:`pyroem.models.assignments.assignment`. Raises ``ValueError`` on a setting or shape
+    outside of these.
     """
     check_count("components", components)
-    return partial(_poisson, components=components, prior=prior)
+    return partial(_poisson, components=components, prior=prior, distribution=distribution)
 
 
 def _poisson(
@@ -42,22 +45,22 @@ def _poisson(
     *,
     components: int,
     prior: Prior | None,
+    distribution: type[dist.Poisson],
 ) -> None:
     x = rows(x)
     K, (N, D) = components, x.shape
+    weights = component_weights(x, K, prior)
     if prior is None:
-        weights = equal_weights(x, K)
         rate = pyro.param("rate", lambda: x.new_ones(K, D), constraint=constraints.positive)
     else:
         size, mean = x.new_tensor(prior.size / K), prior.mean.to(x)
-        weights = pyro.sample("weights", dist.Dirichlet((1 + size).expand(K)))
         rate = pyro.sample("rate", dist.Gamma(1 + size * mean, size).expand([K, D]).to_event(2))
     with pyro.plate("rows", N):
         z = assignment(dist.Categorical(weights), x, labels)
         expected = rate[z]
         if exposure is not None:
             expected = expected * beside("exposure", exposure, x).unsqueeze(-1)
-        pyro.sample("x", dist.Poisson(expected).to_event(1), obs=x)
+        pyro.sample("x", distribution(expected).to_event(1), obs=x)
 
 
 def zero_inflated_mixture(components: int) -> Program:

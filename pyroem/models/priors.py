@@ -6,9 +6,11 @@ that took them from the rows that it is called with would be another one for eac
 
 from typing import NamedTuple
 
+import pyro
+import pyro.distributions as dist
 import torch
 
-from pyroem.models.assignments import check_count, rows
+from pyroem.models.assignments import check_count, equal_weights, rows
 
 
 class Prior(NamedTuple):
@@ -49,6 +51,16 @@ def weak_category_prior(
     codes = (torch.arange(check_count("categories", c)).to(x) for c in categories)
     shown = (x[:, j, None] == c for j, c in enumerate(codes))
     return CategoryPrior(tuple(s.to(x.dtype).mean(0) for s in shown), float(size))
+
+
+def component_weights(
+    x: torch.Tensor, components: int, prior: Prior | CategoryPrior | None
+) -> torch.Tensor:
+    """``weights [K]``: a parameter without a prior, else ``~ Dirichlet(1 + size / K)``."""
+    if prior is None:
+        return equal_weights(x, components)
+    size = x.new_tensor(prior.size / components)
+    return pyro.sample("weights", dist.Dirichlet((1 + size).expand(components)))
 
 
 def _complete(x: torch.Tensor, size: float, columns: int | None = None) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyroem._pyro import site_log_prob
-from pyroem.mstep.closed import closed_update
+from pyroem.mstep.closed import clipped, closed_update
 from pyroem.mstep.least_squares import solve
 from pyroem.mstep.local import local_model
 from pyroem.mstep.maximise import MakeOptimiser, Objective, ascend, maximise
@@ -100,9 +100,8 @@ def m_step(
             iterations = effort.over_rows if over_rows else effort.iterations
             found = _on_statistics(plan, own, current, expected, iterations, effort.newton)
             for block in numeric:
-                clip = block.uses[0].coordinate.clip if block.uses else None
-                if floor is not None and block.name in floor and clip is not None:
-                    found[block.name] = clip(found[block.name], floor[block.name])
+                if floor is not None and block.name in floor:
+                    found[block.name] = clipped(block, found[block.name], floor[block.name])
             current = {**current, **found}
         if gradient and sweep == 0:
             own = [b.name for b in gradient]

@@ -15,6 +15,7 @@ from pyroem.interrupt import pause_point, pressed
 from pyroem.loop import Status, rank
 from pyroem.problem import Problem
 from pyroem.progress import Progress
+from pyroem.race import Start
 from pyroem.selection.programs import Posed
 from pyroem.selection.shared import (
     FAINT,
@@ -25,7 +26,7 @@ from pyroem.selection.shared import (
     value_at,
 )
 from pyroem.solver import Solver
-from pyroem.starts import Start, starts
+from pyroem.starts import starts
 
 SLACK = 1e-7  # nats a row by which a larger program may lie below a smaller one
 GUESSES = 3  # of k-means, beside what other fits give

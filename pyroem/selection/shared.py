@@ -11,21 +11,22 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from pyroem._pyro import isolated
+from pyroem.clustering import along_longest_axis
 from pyroem.em import EM
 from pyroem.errors import PyroemError
 from pyroem.fit import Fit
 from pyroem.given import assignments
 from pyroem.loop import rank
 from pyroem.problem import Problem
+from pyroem.race import Start
 from pyroem.solver import Solver
-from pyroem.starts import Start, starts
+from pyroem.starts import starts
 
 Evidence = Mapping[str, Tensor]  # assignment -> probabilities: its plates, then its states
 
 BRIEF = 10  # iterations after which the most promising of several starts is chosen
 RIVALS = 4  # starts that get so far
 FAINT = 0.1  # how far a hesitant split moves a component's responsibilities apart
-POWERS = 30  # iterations of the power method: a direction is enough, no eigenvector
 
 
 def responsibilities(fit: Fit) -> Evidence:
@@ -112,17 +113,7 @@ def split(r: Tensor, k: int, data: Any, seed: int, share: float = 1.0) -> Tensor
         generator = torch.Generator().manual_seed(seed)
         score = torch.rand(own.shape, generator=generator, dtype=own.dtype) - 0.5
     else:
-        x = x.to(own)
-        gaps = x - (own @ x) / own.sum()
-        axis = torch.zeros(x.shape[1], dtype=x.dtype)
-        axis[int((own @ gaps**2).argmax())] = 1.0
-        for _ in range(POWERS):
-            turned = gaps.T @ (own * (gaps @ axis))
-            size = float(turned.norm())
-            if not size > 0:
-                break
-            axis = turned / size
-        score = gaps @ axis
+        score = along_longest_axis(x.to(own), own)
     half = ((1 + share * torch.where(score > 0, 1.0, -1.0)) / 2).to(r).reshape(shape)
     cut = torch.cat([r, (r[..., k] * (1 - half)).unsqueeze(-1)], -1)
     cut[..., k] = r[..., k] * half
