@@ -1,4 +1,4 @@
-"""k-means on the observed rows below an assignment: the guess that most fits start from."""
+"""Clusters of the observed rows below an assignment: the guess that most fits start from."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from pyro import distributions as dist
+from scipy.cluster.hierarchy import cut_tree, linkage
 from torch import Tensor
 
 from pyroem._pyro import Enumerated, unwrap
@@ -121,6 +122,26 @@ def cluster_means(rows: Tensor, labels: Tensor) -> Tensor:
     counts = torch.bincount(labels, minlength=k).clamp(min=1).to(rows)
     sums = torch.zeros((k, rows.shape[1]), dtype=rows.dtype).index_add_(0, labels, rows)
     return (sums / counts[:, None])[labels]
+
+
+def ward(rows: Tensor, k: int, seed: int, *, sample: int = 1000) -> Tensor:
+    """Labels of the rows from Ward's tree, cut into ``k`` clusters.
+
+    Where rows are many, the tree is that of a sample, and the others go to the nearest mean.
+
+    Source: Ward (1963).
+    """
+    pool = rows
+    if len(rows) > sample:
+        generator = torch.Generator().manual_seed(seed)
+        pool = rows[torch.randperm(len(rows), generator=generator)[:sample].to(rows.device)]
+    tree = linkage(pool.double().cpu().numpy(), "ward")
+    labels = torch.as_tensor(cut_tree(tree, min(k, len(pool)))[:, 0]).to(rows.device)
+    if len(pool) == len(rows):
+        return labels
+    member = torch.nn.functional.one_hot(labels.long()).to(rows)
+    centres = (member.T @ pool / member.sum(0)[:, None]).unsqueeze(0)
+    return torch.cat([_gaps(part.T, centres)[0].argmin(0) for part in rows.split(CHUNK)])
 
 
 def kmeans(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyroem._pyro import Enumerated, align
 from pyroem.batch import Batch, has_one_group, no_batch, stack, unstack
-from pyroem.clustering import cluster_means, features, kmeans, rows_shape, sphered
+from pyroem.clustering import cluster_means, features, kmeans, rows_shape, sphered, ward
 from pyroem.estep.engine import MixtureEngine, is_chained
 from pyroem.estep.kernel import expect_given
 from pyroem.estep.trace import collect, factor_weights
@@ -37,9 +37,10 @@ def guessed(
 ) -> Params:
     """Guess the assignments and make one M-step from ``pooled``.
 
-    ``"kmeans"`` clusters standardised columns, ``"sphered"`` uncorrelated ones. ``"random"`` seeds
-    each state with a handful of rows drawn at random; the other rows are spread evenly and weigh
-    less, so that the states do not all start at the pooled estimate.
+    ``"kmeans"`` and ``"ward"`` cluster standardised columns, ``"sphered"`` and ``"sphered ward"``
+    uncorrelated ones. ``"random"`` seeds each state with a handful of rows drawn at random; the
+    other rows are spread evenly and weigh less, so that the states do not all start at the pooled
+    estimate.
     """
     generator = torch.Generator().manual_seed(seed)
     trace = problem.plan.reading.traces[0]
@@ -53,7 +54,7 @@ def guessed(
             continue
         for used in taken.get(len(rows), []):  # what another assignment explains already
             rows = rows - cluster_means(rows, used)
-        labels = kmeans(rows, group.num_states, [seed])[0]
+        labels = _clusters(rows, group.num_states, method, [seed])[0]
         taken.setdefault(len(rows), []).append(labels)
         other = (1 - CERTAINTY) / max(group.num_states - 1, 1)
         soft = torch.full((len(labels), group.num_states), other, dtype=rows.dtype)
@@ -87,7 +88,7 @@ def guessed_together(
     trace = problem.plan.reading.traces[0]
     seen = _rows(problem, trace, group, method)
     if seen is not None:
-        labels = kmeans(seen, k, seeds)
+        labels = _clusters(seen, k, method, seeds)
         other = (1 - CERTAINTY) / max(k - 1, 1)
         posterior = torch.full((len(seeds), k, rows), other, dtype=seen.dtype)
         posterior.scatter_(1, labels.unsqueeze(1), CERTAINTY if k > 1 else 1.0)
@@ -119,7 +120,14 @@ def from_posteriors(
 def _rows(problem: Problem, trace: Enumerated, group: StateGroup, method: str) -> Tensor | None:
     """What is clustered; None where the guess is to be random."""
     rows = None if method == "random" else features(problem, trace, group)
-    return rows if rows is None or method == "kmeans" else sphered(rows)
+    return sphered(rows) if rows is not None and method.startswith("sphered") else rows
+
+
+def _clusters(rows: Tensor, k: int, method: str, seeds: Sequence[int]) -> Tensor:
+    """Labels, seeds by rows."""
+    if method.endswith("ward"):
+        return torch.stack([ward(rows, k, seed) for seed in seeds])
+    return kmeans(rows, k, seeds)
 
 
 def _agreeing(problem: Problem, group: StateGroup, evidence: Evidence) -> Evidence:

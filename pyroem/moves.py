@@ -8,6 +8,8 @@ Source: Ueda, Nakano, Ghahramani and Hinton (2000).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ from pyroem.problem import Problem
 from pyroem.structure import Params
 
 MOST = 12  # moves from one point
+SHARE = 0.4  # of the rows that a shake reassigns
 
 
 def moves(problem: Problem, params: Params, pooled: Params) -> list[Params]:
@@ -50,6 +53,26 @@ def moves(problem: Problem, params: Params, pooled: Params) -> list[Params]:
         evidence = [{z: new.reshape(given.shape)} for new in found]
         return [problem.clip(from_evidence(problem, pooled, e, None)) for e in evidence]
     return from_posteriors(problem, pooled, torch.stack([new.T for new in found]))
+
+
+def shakes(problem: Problem, params: Params, pooled: Params, seeds: Sequence[int]) -> list[Params]:
+    """For each seed the M-step after a share of the rows was reassigned at random."""
+    group = problem.groups[0] if len(problem.groups) == 1 else None
+    if group is None or len(group.assignments) != 1 or no_batch(problem):
+        return []
+    if not has_one_group(problem) or group.num_states < 2:
+        return []
+    (z,), k = group.assignments, group.num_states
+    r = problem.marginals(params)[z].reshape(-1, k)
+    found = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.rand(len(r), generator=generator) < SHARE
+        labels = torch.randint(k, (int(chosen.sum()),), generator=generator)
+        new = r.clone()
+        new[chosen] = torch.nn.functional.one_hot(labels, k).to(r)
+        found.append(new.T)
+    return from_posteriors(problem, pooled, torch.stack(found))
 
 
 def _alike(r: Tensor) -> list[tuple[int, int]]:

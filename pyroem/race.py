@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -12,7 +13,7 @@ from pyroem.batch import Batch, no_batch, stack, unstack
 from pyroem.diagnose import collapsed
 from pyroem.guesses import from_evidence, guessed_together, placed
 from pyroem.interrupt import pause_point
-from pyroem.moves import moves
+from pyroem.moves import moves, shakes
 from pyroem.mstep.plan import Rung
 from pyroem.mstep.update import Effort
 from pyroem.problem import Problem
@@ -21,9 +22,18 @@ from pyroem.structure import Params
 LAPS = ((4, 0.5), (10, 0.5), (100, 1.0))  # EM iterations of a race, and the share that goes on
 BRIEF = Effort(1, 5, 3, 2)  # the effort of an M-step in the race
 KINDS = ("kmeans", "random", "sphered")
-_HOW = {"kmeans": "k-means", "random": "random", "sphered": "k-means (sphered)"}
+TREES = {"kmeans": "ward", "sphered": "sphered ward"}  # one guess beside those of a kind
+_HOW = {
+    "kmeans": "k-means",
+    "random": "random",
+    "sphered": "k-means (sphered)",
+    "ward": "Ward's",
+    "sphered ward": "Ward's (sphered)",
+}
 ALIKE = 1e-5  # difference of the objective per row between runs in one optimum
 RESERVE = 3  # finalists that are run when the chosen starts end in a collapse
+BATCH = 12  # shakes that are run as one
+MOST_SHAKES = 8  # batches of them
 CALM = 1e-6  # change of the objective per row at which a run of the race has settled
 
 
@@ -43,15 +53,17 @@ class Start:
 @dataclass(frozen=True)
 class Search:
     """How long to search: at most so many rounds, until so many kinds of guesses have led to the
-    best optimum; and at most so many split-and-merge moves from there.
+    best optimum; from there, unless all kinds have, shakes until so many rounds of them bring
+    nothing; and at most so many split-and-merge moves.
     """
 
     rounds: int
     agreed: int
+    shakes: int
     moves: int
 
 
-AUTO, THOROUGH = Search(4, 2, 0), Search(6, 3, 6)
+AUTO, THOROUGH = Search(4, 2, 2, 0), Search(6, 3, 4, 6)
 
 
 def guesses(
@@ -99,6 +111,10 @@ def race(
             for method in KINDS:
                 many = max(tries, count) if method == "kmeans" else tries
                 fields.append([])
+                if number == 0 and method in TREES:
+                    found = guesses(problem, pooled, TREES[method], [seed], only)
+                    fields[-1] += [_Run(problem, g, method) for g in found]
+                    made += 1
                 size = 1 if no_batch(problem) else many
                 first = 100 * seed + number * many
                 for i in range(0, many, size):
@@ -119,8 +135,11 @@ def race(
             runs = _distinct([*runs, *racing], problem.rows, count + RESERVE, ALIKE)
             if len(runs[0].kinds) >= search.agreed:
                 break
+        more = partial(_joined, problem, count, report)
+        if quick and len(runs[0].kinds) < len(KINDS) and not kept:
+            runs = _shaken(problem, pooled, runs, more, search.shakes, seed)
         if search.moves and not kept:
-            runs = _moved(problem, pooled, runs, count, report, search)
+            runs = _moved(problem, pooled, runs, more, search.moves)
     except KeyboardInterrupt:
         runs = [*runs, *racing]
         if not runs:
@@ -133,32 +152,63 @@ def race(
     return [replace(run.start, how=how + run.start.how) for run in runs[: count + RESERVE]]
 
 
+_More = Callable[[list["_Run"], list[Params], str, tuple[tuple[int, int], ...]], list["_Run"]]
+
+
+def _shaken(
+    problem: Problem, pooled: Params, runs: list[_Run], more: _More, most: int, seed: int
+) -> list[_Run]:
+    """The runs, and those from the best with a share of its rows reassigned at random; until
+    ``most`` batches in a row bring nothing.
+    """
+    idle, first = 0, MOST_SHAKES * BATCH * seed
+    for number in range(MOST_SHAKES):
+        seeds = range(first + number * BATCH, first + (number + 1) * BATCH)
+        points = shakes(problem, runs[0].params, pooled, seeds)
+        before, runs = runs[0], more(runs, points, "shaken", ((10, BATCH), (100, 1)))
+        idle = idle + 1 if runs[0] is before else 0
+        if idle == most:
+            break
+    return runs
+
+
 def _moved(
-    problem: Problem,
-    pooled: Params,
-    runs: list[_Run],
-    count: int,
-    report: Callable[[str], None],
-    search: Search,
+    problem: Problem, pooled: Params, runs: list[_Run], more: _More, most: int
 ) -> list[_Run]:
     """The runs, and those that split-and-merge moves from the best lead to, as long as it rises."""
-    for number in range(search.moves):
-        pause_point()
-        how = f"{runs[0].start.how}, {'and then ' if number else ''}a split-and-merge move"
-        sought = runs[0].start.sought
-        found = [
-            _Run(problem, Start(point, how, sought=sought), "move")
-            for point in moves(problem, runs[0].params, pooled)
-        ]
-        for length, most in ((10, 4), (100, 1)):
-            report(f"{len(found)} split-and-merge moves in the race")
-            _advance(problem, found, length)
-            found = _distinct(found, problem.rows, 0)[:most]
-        before = runs[0]
-        runs = _distinct([*runs, *found], problem.rows, count + RESERVE, ALIKE)
+    for _ in range(most):
+        points = moves(problem, runs[0].params, pooled)
+        before, runs = (
+            runs[0],
+            more(runs, points, "after a split-and-merge move", ((10, 4), (100, 1))),
+        )
         if runs[0] is before:
             break
     return runs
+
+
+def _joined(
+    problem: Problem,
+    count: int,
+    report: Callable[[str], None],
+    runs: list[_Run],
+    points: list[Params],
+    how: str,
+    laps: tuple[tuple[int, int], ...],
+) -> list[_Run]:
+    """The best of the runs, and of new ones from ``points`` beside the best of them.
+
+    ``laps`` are numbers of EM iterations, and how many then go on.
+    """
+    pause_point()
+    start = runs[0].start
+    text = start.how if start.how.endswith(how) else f"{start.how}, {how}"
+    found = [_Run(problem, Start(point, text, sought=start.sought), how) for point in points]
+    for length, most in laps:
+        report(f"{len(found)} starts in the race, {how}")
+        _advance(problem, found, length)
+        found = _distinct(found, problem.rows, 0)[:most]
+    return _distinct([*runs, *found], problem.rows, count + RESERVE, ALIKE)
 
 
 def extent(problem: Problem) -> tuple[int, tuple[tuple[int, float], ...]]:

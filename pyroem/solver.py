@@ -230,10 +230,11 @@ class Solver:
         init
             ``"auto"`` (the program's own values where they tell the states apart, else the best
             of several guesses), ``"thorough"`` (more guesses, then split-and-merge moves: where a
-            better optimum is worth some seconds), ``"kmeans"``, ``"random"``, ``"prior"``,
-            ``"model"`` (the values that the program gives), a dict of values (what it lacks is
-            found), or a ``Fit``. A dict may also hold an assignment: the states of all rows, or
-            their probabilities (rows by states), from which one M-step leads to the start.
+            better optimum is worth some seconds), ``"kmeans"``, ``"ward"`` (Ward's tree, cut into
+            clusters), ``"random"``, ``"prior"``, ``"model"`` (the values that the program gives),
+            a dict of values (what it lacks is found), or a ``Fit``. A dict may also hold an
+            assignment: the states of all rows, or their probabilities (rows by states), from which
+            one M-step leads to the start.
         restarts
             The number of starts; the best fit is returned, with the objective of each.
         seed

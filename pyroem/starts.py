@@ -23,7 +23,7 @@ from pyroem.symmetry import coinciding
 from pyroem.threads import threads_for
 
 SEARCHES = {"auto": AUTO, "thorough": THOROUGH}
-METHODS = (*SEARCHES, "kmeans", "random", "prior", "model")
+METHODS = (*SEARCHES, "kmeans", "ward", "random", "prior", "model")
 
 
 class Starts(Iterator[Start]):
@@ -142,6 +142,9 @@ def _starts(
         )
     if init in SEARCHES:
         return Starts(_auto(problem, program, count, seed, report, SEARCHES[init]))
+
+    if init == "ward" and count > 1:
+        _refuse("Ward's clusters", count)
 
     def guessed() -> list[Start]:
         pooled = from_evidence(problem, placed(problem, program), {}, None)

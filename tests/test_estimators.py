@@ -97,6 +97,26 @@ def test_scikit_learns_checks(estimator: Any, check: Any) -> None:
     check(estimator)
 
 
+@few
+def test_adopted_fits_are_like_own_ones(name: str) -> None:
+    """A fit by a solver of one's own choice, under weights: the estimator takes it over."""
+    estimator, X = MIXTURES[name]
+    weights = np.linspace(0, 2, len(X))
+    settings = {"init_params" if name == "full" else "init": "thorough", "random_state": 3}
+    own = clone(estimator).set_params(**settings)
+    program, args, kept = own.prepare(X, sample_weight=weights)
+    assert kept is not None
+    assert len(kept) == len(X) - 1
+    solver = pyroem.EM(accelerate="anderson")
+    other = own.adopt(solver.fit(program, *args, weights=kept, init="kmeans"))
+    assert other is own
+    assert other.converged_
+    mine = clone(other).fit(X, sample_weight=weights)
+    assert_allclose(other.score(X), mine.score(X), rtol=1e-5)
+    again = other.result_on(X, sample_weight=weights)
+    assert_allclose(again.log_joint, other.lower_bound_ * weights.sum(), rtol=1e-9)
+
+
 @each
 def test_formulas_are_those_of_the_program(name: str) -> None:
     estimator, X = fitted(name)

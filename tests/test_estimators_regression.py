@@ -13,6 +13,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from sklearn.base import clone
 from sklearn.linear_model import LinearRegression, LogisticRegression, PoissonRegressor
 
+import pyroem
 from pyroem import estimators
 from pyroem.estimators import MixtureOfRegressions
 
@@ -90,6 +91,18 @@ def test_the_components_are_found() -> None:
     assert_allclose(estimator.scale_, 0.3, atol=0.08)
     right = (estimator.predict_component(X, y) == Z).mean()
     assert max(right, 1 - right) > 0.9
+
+
+def test_an_adopted_fit_is_like_an_own_one() -> None:
+    own = clone(CASES["experts"][0])
+    program, args, weights = own.prepare(X, Y["gaussian"], np.linspace(0.5, 1.5, N))
+    found = own.adopt(pyroem.EM().fit(program, *args, weights=weights))
+    assert_allclose(
+        found.weights_,
+        np.average(found.fit_result_.responsibilities(), axis=0, weights=weights),
+        rtol=1e-4,
+    )
+    assert_allclose(found.log_prob(X, Y["gaussian"]), found.fit_result_.log_prob(), rtol=1e-8)
 
 
 @each

@@ -334,7 +334,7 @@ def test_restarts_are_recorded() -> None:
     assert one.log_joint == pytest.approx(fit.restarts[1].log_joint, rel=1e-12)
 
 
-@pytest.mark.parametrize("init", ["auto", "kmeans", "random", "prior", "model"])
+@pytest.mark.parametrize("init", ["auto", "kmeans", "ward", "random", "prior", "model"])
 def test_init(init: str) -> None:
     problem = BY_NAME["gaussian_inverse_gamma"]
     fit = EM(max_iter=15).fit(problem.model, *problem.data, init=init)

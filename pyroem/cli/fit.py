@@ -74,10 +74,11 @@ def add(commands: Any) -> None:
     search = add_search(parser, "starting points, of which the best fit is kept")
     search.add_argument(
         "--init",
-        choices=("auto", "thorough", "kmeans", "random"),
+        choices=("auto", "thorough", "kmeans", "ward", "random"),
         default="auto",
         help="where to start: auto (the best of many guesses, after short runs), thorough (more"
-        " guesses, and components split and merged), kmeans, random; default: auto",
+        " guesses, and components split and merged), kmeans, ward (hierarchical clusters),"
+        " random; default: auto",
     )
     search.add_argument(
         "--solver",

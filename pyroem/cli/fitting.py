@@ -73,28 +73,25 @@ def check_rows(table: Table, components: int) -> None:
         )
 
 
-def prepare(estimator: Any, table: Table) -> tuple[Any, ...]:
-    """What the estimator's program is called with; the estimator learns what the data hold.
+def prepare(estimator: Any, table: Table) -> tuple[Any, tuple[Any, ...]]:
+    """The estimator's program and what it is called with; it learns what the data hold.
 
     Raises:
         UsageError: the estimator refuses settings or data.
     """
     rows = counted(table)
     try:
-        if rows.response is not None:
-            _, args, _ = estimator._ready(rows.values, rows.response, rows.weights)
-        else:
-            _, args, _ = estimator._ready(rows.values, None, rows.weights)
+        program, args, _ = estimator.prepare(rows.values, rows.response, rows.weights)
     except ValueError as error:
         raise UsageError(one_line(error)) from error
-    return args if rows.labels is None else (*args, torch.as_tensor(rows.labels))
+    return program, args if rows.labels is None else (*args, torch.as_tensor(rows.labels))
 
 
 def fit(estimator: Any, table: Table, options: Namespace) -> Fit:
     """Fit the estimator; the `Fit` that it holds."""
-    args = prepare(estimator, table)
+    program, args = prepare(estimator, table)
     solved = solver_of(options).fit(
-        estimator._make_program(),
+        program,
         *args,
         init=options.init,
         restarts=options.restarts,
@@ -120,7 +117,7 @@ def adopt(estimator: Any, solved: Fit, table: Table) -> Fit:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # the command tells the status
-            estimator._accept(found, np.dtype(np.float64))
+            estimator.adopt(found)
     except ValueError as error:
         raise FitError(f"the fit ended as {found.status}: {one_line(error)}") from error
     estimator.feature_names_in_ = np.array(table.columns, dtype=object)

@@ -131,10 +131,9 @@ def search(options: argparse.Namespace, table: Table, shapes: list[str] | None) 
 
     def program(components: int, covariance: str | None = None) -> Any:
         estimator = families.make(options, components, covariance, table)
-        fitting.prepare(estimator, table)
-        return estimator._make_program()
+        return fitting.prepare(estimator, table)[0]
 
-    args = fitting.prepare(families.make(options, 1, None, table), table)
+    _, args = fitting.prepare(families.make(options, 1, None, table), table)
     return pyroem.select(
         program,
         *args,

@@ -23,6 +23,7 @@ from pyroem.gradient import MAP
 from pyroem.loop import Status
 from pyroem.models.assignments import Program
 from pyroem.solver import Solver
+from pyroem.starts import SEARCHES
 
 Self = TypeVar("Self", bound="Fitted")
 Params = dict[str, NDArray]
@@ -30,15 +31,17 @@ NOT_CONVERGED = (
     "Best performing initialization did not converge. Try different init parameters, or increase"
     " max_iter, tol, or check for degenerate data."
 )
+INITS = (*SEARCHES, "kmeans", "ward", "random")
 SETTINGS = """
     n_components
         The number of components.
     solver
         ``"em"`` (closed-form EM) or ``"map"`` (gradient ascent on the same objective by L-BFGS).
     init
-        ``"auto"`` (short runs from many guesses; the best goes on), ``"kmeans"``, ``"random"``, or
-        a dict from names of the program's parameters to values; what is missing is found around
-        them.
+        ``"auto"`` (short runs from many guesses; the best goes on), ``"thorough"`` (many more of
+        them, and moves from the best), ``"kmeans"``, ``"ward"`` (hierarchical clusters),
+        ``"random"``, or a dict from names of the program's parameters to values; what is missing
+        is found around them.
     tol
         The fit stops when the log-likelihood changes by no more than this, in nats a row (and no
         parameter moves by more than 1e-5 of its size).
@@ -89,6 +92,12 @@ class Fitted(BaseEstimator):
     def _make_program(self) -> Program:
         raise NotImplementedError
 
+    def _ready(
+        self, X: Any, y: Any, sample_weight: Any, reset: bool = True
+    ) -> tuple[NDArray, tuple[Any, ...], NDArray | None]:
+        """The rows that count, the program's arguments, and the rows' weights."""
+        raise NotImplementedError
+
     def _take(self, params: Params, dtype: Any) -> None:
         """Set the attributes from the program's parameters."""
         raise NotImplementedError
@@ -102,6 +111,25 @@ class Fitted(BaseEstimator):
         """The Pyro program that was fitted; ``fit_result_.params`` are its parameters by name."""
         check_is_fitted(self)
         return self._make_program()
+
+    def prepare(
+        self, X: Any, y: Any = None, sample_weight: Any = None
+    ) -> tuple[Program, tuple[Any, ...], NDArray | None]:
+        """The Pyro program of these settings, the arguments that it is called with, and weights.
+
+        They are for a solver with settings of your own, whose fit :meth:`adopt` takes over::
+
+            program, args, weights = mixture.prepare(X)
+            fit = pyroem.EM(accelerate="anderson").fit(program, *args, weights=weights)
+            mixture.adopt(fit)
+        """
+        _, args, weights = self._ready(X, y, sample_weight)
+        return self._make_program(), args, weights
+
+    def adopt(self: Self, fit: Fit) -> Self:
+        """Take over a fit of this estimator's program, as if :meth:`fit` had made it."""
+        self._accept(fit, np.dtype(np.float64))
+        return self
 
     @property
     def fit_result_(self) -> Fit:
@@ -197,9 +225,9 @@ class Fitted(BaseEstimator):
             init = {self.names.get(name, name): value for name, value in init.items()}
         restarts = 1 if self._warm() or isinstance(init, Mapping) else int(self.n_init)
         init = self._give() if self._warm() else init
-        if not isinstance(init, Mapping) and init not in ("auto", "kmeans", "random"):
+        if not isinstance(init, Mapping) and init not in INITS:
             raise SettingError(
-                f"init: expected 'auto', 'kmeans', 'random' or a dict of values; got {init!r}."
+                f"init: expected one of {', '.join(INITS)}, or a dict of values; got {init!r}."
             )
         seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
         return self._solver(self._held(init)).fit(

@@ -23,7 +23,7 @@ from pyroem.models.assignments import Program
 from pyroem.models.bayesian import bayesian_gaussian_mixture
 from pyroem.models.gaussian import COVARIANCES, gaussian_mixture
 from pyroem.solver import Solver
-from pyroem.starts import starts
+from pyroem.starts import SEARCHES, starts
 
 SKLEARN = ("kmeans", "k-means++", "random", "random_from_data")
 
@@ -61,8 +61,8 @@ class GaussianMixture(WithPrior):
     n_init
         The number of starts, of which the best is kept.
     init_params
-        ``"auto"``, or scikit-learn's ``"kmeans"``, ``"k-means++"``, ``"random"``,
-        ``"random_from_data"`` (for data without missing values).
+        ``"auto"``, ``"thorough"`` (a longer search), or scikit-learn's ``"kmeans"``,
+        ``"k-means++"``, ``"random"``, ``"random_from_data"`` (for data without missing values).
     weights_init, means_init, precisions_init
         Values to start from.
     solver
@@ -144,9 +144,9 @@ class GaussianMixture(WithPrior):
                 f"covariance_type: expected one of {', '.join((*COVARIANCES, *ALIASES))}; got"
                 f" {self.covariance_type!r}."
             )
-        if self.init_params not in ("auto", *SKLEARN):
+        if self.init_params not in (*SEARCHES, *SKLEARN):
             raise ValueError(
-                f"init_params: expected one of auto, {', '.join(SKLEARN)}; got"
+                f"init_params: expected one of {', '.join((*SEARCHES, *SKLEARN))}; got"
                 f" {self.init_params!r}."
             )
         whole = isinstance(self.max_iter, int | np.integer) and not isinstance(self.max_iter, bool)
@@ -209,7 +209,7 @@ class GaussianMixture(WithPrior):
         return mean + rng.standard_normal(size=(n, len(mean))) * np.sqrt(covariance)
 
     def _inits(self, args: tuple[Any, ...], weights: NDArray | None) -> Iterator[Any]:
-        """The starts, one after the other, as the core takes them; ``"auto"`` is one."""
+        """The starts, one after the other, as the core takes them; a search is one."""
         X, K, shape = args[0].numpy(), int(self.n_components), self._shape
         inits = self.weights_init, self.means_init, self.precisions_init
         values = initial.given_values(*inits, shape.form, K, X.shape[1])
@@ -220,8 +220,8 @@ class GaussianMixture(WithPrior):
         if self._warm():
             yield self._give()
             return
-        if self.init_params == "auto" or len(given) == 3:
-            yield given or "auto"
+        if self.init_params in SEARCHES or len(given) == 3:
+            yield given or self.init_params
             return
         if np.isnan(X).any():
             raise ValueError(
@@ -276,7 +276,7 @@ class GaussianMixture(WithPrior):
 
     def _run(self, args: tuple[Any, ...], weights: NDArray | None) -> Fit:
         inits = list(self._inits(args, weights))
-        searched = inits == ["auto"]
+        searched = inits[0] in SEARCHES if isinstance(inits[0], str) else False
         solver, program = self._solver(self._held(self._warm() and inits[0])), self._make_program()
         if self._warm() and isinstance(solver, PacedEM):
             rows = len(args[0]) if weights is None else weights.sum()
@@ -286,7 +286,7 @@ class GaussianMixture(WithPrior):
         problem = solver.pose(program, args, {}, weights, None, inits[0])
         with isolated(solver.dtype, seed):
             if searched:
-                chosen: Any = starts(problem, "auto", int(self.n_init), seed)
+                chosen: Any = starts(problem, inits[0], int(self.n_init), seed)
             else:
                 chosen = [next(starts(problem, init, 1, seed)) for init in inits]
             if self.max_iter == 0:

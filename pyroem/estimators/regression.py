@@ -125,13 +125,15 @@ class MixtureOfRegressions(RegressorMixin, Fitted):
         """
         X, args, weights = self._ready(X, y, sample_weight, labels=labels)
         self._accept(self._run(args, weights), X.dtype)
-        self._settle(X, weights)
         return self
 
-    def _settle(self, X: NDArray, weights: NDArray | None) -> None:
+    def _accept(self, fit: Fit, dtype: Any) -> None:
+        super()._accept(fit, dtype)
         if self.concomitant:
+            X, weights = fit.problem.structure.program.args[0].numpy(), fit.problem.row_weights
             share = np.exp(self._log_weights(X))
-            self.weights_ = np.average(share, axis=0, weights=weights).astype(X.dtype)
+            own = None if weights is None else weights.numpy()
+            self.weights_ = np.average(share, axis=0, weights=own).astype(dtype)
 
     def _ready(
         self,
