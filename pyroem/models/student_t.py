@@ -19,6 +19,8 @@ from pyroem.models.assignments import (
 
 Covariance = Literal["full", "diagonal", "tied", "spherical"]
 
+TAILS = constraints.interval(0.0, 1e6)  # beyond, a t distribution cannot be told from a Gaussian
+
 
 def student_t_mixture(
     components: int, covariance: Covariance = "full", df: float | None = None
@@ -34,7 +36,8 @@ def student_t_mixture(
     - ``"diagonal"``: ``scale [K, D]``, columns that are independent t given the component
     - ``"spherical"``: ``scale [K]``, the same for all columns (independent t)
 
-    ``df [K]`` are the degrees of freedom, free parameters; or given by the argument ``df``. For
+    ``df [K]`` are the degrees of freedom, free parameters up to 1e6 (beyond, no arithmetic tells
+    the distribution from a Gaussian); or given by the argument ``df``. For
     ``labels`` see :func:`pyroem.models.assignments.assignment`. Raises ``ValueError`` on a setting
     or shape outside of these. See Peel and McLachlan (2000), Statistics and Computing 10.
     """
@@ -66,7 +69,7 @@ def _program(
         constraint=constraints.lower_cholesky if matrix else constraints.positive,
     )
     if df is None:
-        tails = pyro.param("df", lambda: x.new_full((K,), 8.0), constraint=constraints.positive)
+        tails = pyro.param("df", lambda: x.new_full((K,), 8.0), constraint=TAILS)
     else:
         tails = x.new_full((K,), df)
     with pyro.plate("rows", N):
