@@ -30,6 +30,8 @@ def no_batch(problem: Problem) -> str:
         return "the kernel does not serve the program"
     if problem.engine.mixture.outside:
         return "a site stands outside the rows"
+    if any(b.shared is not None and b.shared.iterates for b in problem.plan.blocks.values()):
+        return "an M-step has inner iterations, of another number in each run"
     if any(problem.plan.reading.prior_dependence.values()):
         return "a prior depends on a parameter"
     return copyable(problem.plan)

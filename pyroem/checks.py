@@ -129,7 +129,8 @@ def check_observation(site: Site, partly: bool = False) -> Checked:
     if not ok.all():
         index = tuple(int(i) for i in (~ok).nonzero()[0])
         raise DataError(
-            f"Site '{name}': {type(base).__name__} data must lie in {base.support}, got"
+            f"Site '{name}': {type(base).__name__} data must lie in"
+            f" {_bounds_at(base.support, index, value.shape)}, got"
             f" {value[index].tolist()} at index {index} ({int((~ok).sum())} such cells)."
         )
     return Checked(filled, missing)
@@ -171,7 +172,36 @@ def _missing(
     else:
         seen = value.reshape((-1, *value.shape[value.dim() - events :]))[whole.reshape(-1)]
         filler = seen[0] if len(seen) else torch.zeros(value.shape[value.dim() - events :])
+        if len(seen) and not events:
+            filler = _suiting_all(base, value, gone, seen)
     return Missing(filler, int(bad.sum()), total)
+
+
+def _suiting_all(base: Any, value: Tensor, gone: Tensor, seen: Tensor) -> Tensor:
+    """A value that is in the support wherever one is missing; bounds may differ by row."""
+    for filler in (seen[0], seen.min(), torch.zeros_like(seen[0]), seen.max()):
+        try:
+            if bool((base.support.check(torch.where(gone, filler, value)) | ~gone).all()):
+                return filler
+        except NotImplementedError:
+            break
+    return seen[0]
+
+
+def _bounds_at(support: Any, index: tuple[int, ...], shape: torch.Size) -> str:
+    """A support in words; where its bounds differ by cell, those at ``index``."""
+    bounds = {k: v for k, v in vars(support).items() if isinstance(v, Tensor) and v.numel() > 1}
+    if not bounds:
+        return str(support)
+    own = {}
+    for k, v in vars(support).items():
+        try:
+            whole = v.expand(shape) if isinstance(v, Tensor) else v
+            own[k] = whole[index].item() if isinstance(whole, Tensor) else whole
+        except (RuntimeError, IndexError):
+            return type(support).__name__
+    inside = ", ".join(f"{k}={v:g}" for k, v in own.items() if isinstance(v, int | float))
+    return f"{type(support).__name__.lstrip('_')}({inside}) there"
 
 
 def check_assignments_plates(

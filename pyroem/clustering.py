@@ -58,7 +58,8 @@ def sphered(rows: Tensor) -> Tensor:
     centred = rows - rows.mean(0)
     left, values, _ = torch.linalg.svd(centred, full_matrices=False)
     kept = values > 1e-8 * values.max().clamp(min=1e-300)
-    return left[:, kept] * len(rows) ** 0.5
+    # Of rows that are all alike one column is left, of zeros.
+    return left[:, kept] * len(rows) ** 0.5 if kept.any() else torch.zeros_like(rows[:, :1])
 
 
 def along_longest_axis(rows: Tensor, weights: Tensor) -> Tensor:

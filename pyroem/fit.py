@@ -327,9 +327,9 @@ class Fit:
         By what is expected there, ``sum_k p(z = k | seen) E[x | z = k, seen]``, in a
         ``Categorical`` site by the most probable category; with ``draws``, so many times at random
         (first dim), the assignments drawn from their posterior and the values given them. A cell
-        that the program masks is missing too. One tensor, shaped as the data, where one observation
-        has missing values, else a dict by observation; of a chain the plates of its sequences, then
-        the steps.
+        that the program masks is missing too, where others are NaN. One tensor, shaped as the
+        data, where one observation has missing values, else a dict by observation; of a chain the
+        plates of its sequences, then the steps.
 
         Raises:
         ------

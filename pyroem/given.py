@@ -12,7 +12,7 @@ from pyroem.clustering import rows_shape
 from pyroem.errors import SettingError
 from pyroem.estep import decode
 from pyroem.estep.engine import MixtureEngine
-from pyroem.guesses import Evidence, from_evidence
+from pyroem.guesses import Evidence, from_evidence, pooled_point
 from pyroem.problem import Problem
 from pyroem.sequences import public_names
 from pyroem.structure import Params, Structure
@@ -49,7 +49,7 @@ def around(
     evidence: Evidence = {}
     for name, value in given.items():
         evidence.update(_evidence(problem, name, value))
-    pooled = from_evidence(problem, params, {}, None, rest)
+    pooled = pooled_point(problem, params, rest)
     return problem.clip(from_evidence(problem, pooled, evidence, None, rest))
 
 

@@ -23,6 +23,7 @@ from pyroem.symmetry import StateGroup
 
 HANDFUL = 10  # rows that seed a state of a random start
 NEVER = -60.0  # nats by which a state that is excluded lies behind
+POOLING, SETTLED = 100, 1e-3  # steps to a pooled point; a relative change that ends them
 CERTAINTY = 0.95  # what a k-means label weighs against the other states
 
 Evidence = dict[str, Tensor]  # assignment -> probabilities, plates then states
@@ -227,6 +228,22 @@ def _by_kernel(
         posteriors = [p * importance.reshape(-1) for p in posteriors]
     with torch.no_grad():
         return expect_given(engine.mixture, rows, posteriors, params)
+
+
+def pooled_point(problem: Problem, params: Params, only: frozenset[str] | None = None) -> Params:
+    """The estimates where all states are alike, from ``params``.
+
+    One M-step with the assignments evenly spread. What vectors miss is expected by the parameters
+    there are: if these are far from the data, so is that, and further such steps are needed.
+    """
+    found = from_evidence(problem, params, {}, None, only)
+    missing = (problem.structure.program.missing or {}).values()
+    for _ in range(POOLING if any(m.filler.dim() for m in missing) else 0):
+        before, found = found, from_evidence(problem, found, {}, None, only)
+        sizes = ((v, SETTLED * v.abs().max(), before[n]) for n, v in found.items() if v.numel())
+        if all(bool(((v - old).abs() <= size).all()) for v, size, old in sizes):
+            break
+    return found
 
 
 def placed(problem: Problem, params: Params) -> Params:

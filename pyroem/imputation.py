@@ -132,8 +132,8 @@ def _expected(base: Any, value: Tensor, seen: Tensor) -> Tensor:
         shown = torch.nn.functional.one_hot(value.long(), base.probs.shape[-1]).to(value)
         return torch.where(seen.unsqueeze(-1), shown, base.probs)
     mean = base.mean
-    if hasattr(base, "loc") and mean.shape == base.loc.shape:  # Student's t may have no mean
-        mean = torch.where(mean.isfinite(), mean, base.loc)
+    if not bool(mean.isfinite().all()):  # a Cauchy, a Student's t of few degrees of freedom
+        raise NotImplementedError
     return torch.where(seen, value, mean)
 
 

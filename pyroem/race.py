@@ -11,7 +11,7 @@ import torch
 
 from pyroem.batch import Batch, no_batch, stack, unstack
 from pyroem.diagnose import collapsed
-from pyroem.guesses import from_evidence, guessed_together, placed
+from pyroem.guesses import guessed_together, placed, pooled_point
 from pyroem.interrupt import pause_point
 from pyroem.moves import moves, shakes
 from pyroem.mstep.plan import Rung
@@ -102,7 +102,7 @@ def race(
     quick = len(laps) == len(LAPS) and not no_batch(problem)
     rounds = search.rounds if quick else 1
     only = frozenset(problem.free) - kept if kept else None
-    pooled = from_evidence(problem, placed(problem, program), {}, None, only)
+    pooled = pooled_point(problem, placed(problem, program), only)
     runs: list[_Run] = []
     made, racing = 0, list[_Run]()
     try:

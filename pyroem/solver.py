@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from itertools import islice
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
 from pyroem._pyro import isolated
@@ -267,6 +268,8 @@ class Solver:
         """
         if isinstance(restarts, bool) or not isinstance(restarts, int) or restarts < 1:
             raise SettingError(f"restarts must be a positive integer, got {restarts!r}.")
+        if isinstance(seed, np.integer):
+            seed = int(seed)
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
             raise SettingError(f"seed must be an integer from 0 to 2**32 - 1, got {seed!r}.")
         ranks = ranks_of(distributed)

@@ -13,7 +13,7 @@ from torch import Tensor
 from pyroem._pyro import isolated
 from pyroem.errors import ModelError, SettingError
 from pyroem.given import around, assignments
-from pyroem.guesses import from_evidence, placed
+from pyroem.guesses import placed, pooled_point
 from pyroem.mstep.plan import Rung
 from pyroem.mstep.update import QUICK
 from pyroem.problem import Problem
@@ -147,7 +147,7 @@ def _starts(
         _refuse("Ward's clusters", count)
 
     def guessed() -> list[Start]:
-        pooled = from_evidence(problem, placed(problem, program), {}, None)
+        pooled = pooled_point(problem, placed(problem, program))
         return guesses(problem, pooled, init, range(seed, seed + count))
 
     return Starts([guessed])
@@ -211,7 +211,7 @@ def _given(
     if _telling(problem, values)[1]:
         how = "the values given, the rest found around them"
         return Start(_around(problem, program, rest), how, sought=tuple(sorted(rest)))
-    pooled = from_evidence(problem, program, {}, None, rest)
+    pooled = pooled_point(problem, program, rest)
     (start,) = guesses(problem, pooled, "kmeans", [seed], rest)
     return replace(start, how=f"the values given, the rest from {start.how}")
 
@@ -239,7 +239,7 @@ def _in_observation(problem: Problem, name: str) -> bool:
 
 def _around(problem: Problem, params: Params, rest: frozenset[str]) -> Params:
     """Find ``rest`` by one EM iteration from the other values, starting at pooled values."""
-    pooled = from_evidence(problem, params, {}, None, rest)
+    pooled = pooled_point(problem, params, rest)
     expected, _ = problem.e_step(pooled)
     return problem.m_step(pooled, expected, rest)
 

@@ -49,7 +49,9 @@ def judge(problem: Problem, solver: Judged, start: Start, outcome: Outcome) -> O
     if outcome.status is Status.INTERRUPTED:
         return replace(outcome, message="; ".join(problems))
     if problems:
-        message = "; ".join([*problems, *([outcome.message] if outcome.message else [])])
+        own = [] if not outcome.message else [outcome.message]
+        own = [text for text in own if not any(problem in text for problem in problems)]
+        message = "; ".join([*problems, *own])
         return replace(outcome, status=Status.DEGENERATE, message=message)
     if failed:
         return outcome

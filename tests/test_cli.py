@@ -858,3 +858,19 @@ def test_exit_codes_are_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     for code in ("  0  ", "  2  ", "  3  ", "  130  "):
         assert code in text
     assert all(f"    {name} " in text for name in commands())
+
+
+@pytest.mark.parametrize("components, code", [("2", 0), ("200", 3)])
+def test_a_reader_that_has_seen_enough(components: str, code: int, tmp_path: Path) -> None:
+    """What a pipe no longer takes is lost; the model is written, the exit code is the fit's."""
+    model = tmp_path / "model.json"
+    command = f"{sys.executable} -m pyroem fit faithful --components {components} --output {model}"
+    done = subprocess.run(
+        ["bash", "-c", f"{command} --explain | true; echo ${{PIPESTATUS[0]}}"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.split() == [str(code)]
+    assert "Traceback" not in done.stderr
+    assert model.exists() or code

@@ -8,9 +8,10 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import pandas
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from sklearn.base import clone
@@ -542,3 +543,101 @@ def test_a_way_down_to_the_program() -> None:
     estimator, X = fitted("poisson")
     fit = pyroem.EM().fit(estimator.program_, X, init={"rate": estimator.rates_})
     assert_allclose(fit.log_likelihood, estimator.fit_result_.log_likelihood, rtol=1e-8)
+
+
+# ---------------------------------------------------------------------------------------
+# What a user meets on a bad day
+
+
+@few
+def test_parts_go_on_after_a_fit(name: str, tmp_path: Path) -> None:
+    """A small batch moves what a fit to many rows found by its share, not to itself."""
+    if name == "t":
+        pytest.skip("its statistics are not of fixed size")
+    estimator, X = fitted(name)
+    one = X[estimator.predict(X) == 0][:20]
+    gone_on = copy.deepcopy(clone(estimator).fit(X))
+    with_data = clone(estimator).fit(X).partial_fit(one)
+    path = tmp_path / "model.json"
+    estimator.save(path)
+    for found in (with_data, gone_on.partial_fit(one), estimators.load(path).partial_fit(one)):
+        before, after = estimator.score(X), found.score(X)
+        assert before - 0.15 < after < before + 1e-6
+        assert found.weights_[0] > estimator.weights_[0] - 0.02
+        assert found.n_samples_seen_ == len(X) + 20
+    if name == "latent class":
+        return  # of these rows alone it would not know all categories
+    alone = clone(estimator).partial_fit(one)
+    assert alone.score(X) < estimator.score(X) - 0.5
+
+
+@few
+def test_unknown_labels_in_all_spellings(name: str) -> None:
+    estimator, X = MIXTURES[name]
+    y = np.where(np.arange(len(X)) < 12, 1 - fitted(name)[0].predict(X), -1)
+    wanted = clone(estimator).fit(X, y)
+    some = np.where(y < 0, np.nan, y)
+    for labels in (some, [None if v != v else v for v in some], pandas.array(some, dtype="Int64")):
+        found = clone(estimator).fit(X, labels)
+        assert_array_equal(found.predict_proba(X), wanted.predict_proba(X))
+
+
+def test_rows_that_are_all_alike() -> None:
+    X = np.ones((50, 3))
+    for kind in (GaussianMixture, PoissonMixture, StudentTMixture):
+        with pytest.warns(ConvergenceWarning):
+            assert not kind(2).fit(X).converged_
+    with pytest.warns(ConvergenceWarning):
+        assert not MixtureOfRegressions(2).fit(np.arange(50.0)[:, None], np.ones(50)).converged_
+
+
+def test_what_only_reg_covar_keeps_up_has_not_converged() -> None:
+    X = np.concatenate([np.zeros(40), rng.normal(3, 1, 160)])[:, None]
+    with pytest.warns(ConvergenceWarning, match="a variance of component . is nothing but reg_cov"):
+        assert GaussianMixture(2, random_state=0).fit(X).status_ == "degenerate"
+    constant = np.column_stack([NORMAL, np.full(N, 3.0)])  # no component's own fault
+    assert GaussianMixture(2, random_state=0).fit(constant).converged_
+
+
+def test_separation_is_told() -> None:
+    x = np.linspace(-3, 3, 60)[:, None]
+    with pytest.warns(ConvergenceWarning, match="the likelihood has no maximum"):
+        MixtureOfRegressions(1, family="binomial").fit(x, (x[:, 0] > 0).astype(int))
+
+
+def test_items_coded_one_and_two_are_told() -> None:
+    with pytest.warns(UserWarning, match=r"values 1 and 2, both above binarize=0.*binarize=1\.5"):
+        BernoulliMixture(1).fit(BINARY + 1)
+
+
+def test_refused_settings_are_named() -> None:
+    for estimator, match in (
+        (GaussianMixture(tol=-1), "tol: expected a number >= 0; got -1"),
+        (StudentTMixture(2, df=cast(Any, [3, 5])), "df: expected None or one number > 0"),
+        (PoissonMixture(2, fixed=("foo",)), r"names are those of.*fit_result_\.params"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            estimator.fit(COUNTS)
+    with pytest.raises(ValueError, match="family: expected one of gaussian, poisson, binomial"):
+        MixtureOfRegressions(family="Poisson").fit(NORMAL, RESPONSE)
+
+
+def test_kinds_by_column_and_text_in_columns() -> None:
+    frame = pandas.DataFrame(MIXED, columns=list("abcde"))
+    kinds = dict(zip("abcde", KINDS, strict=True))
+    named = MixedMixture(2, kinds=kinds, random_state=0).fit(frame)
+    plain = MixedMixture(2, kinds=KINDS, random_state=0).fit(frame)
+    assert_array_equal(named.predict_proba(frame), plain.predict_proba(frame))
+    with pytest.raises(ValueError, match=r"kinds: expected a kind for each of the columns"):
+        MixedMixture(2, kinds={"a": "gaussian"}).fit(frame)
+    frame["c"] = np.where(frame["c"] > 0, "yes", "no")
+    with pytest.raises(ValueError, match=r"columns \['c'\] hold text"):
+        MixedMixture(2, kinds=kinds).fit(frame)
+    text = frame[["c"]].assign(d=["a", "b", None] * (N // 3)).astype("string")
+    assert LatentClass(2, random_state=0).fit(text).categories_[1].tolist() == ["a", "b"]
+
+
+def test_imputation_of_frames_is_silent() -> None:
+    frame = pandas.DataFrame(NORMAL, columns=list("abc"))
+    frame.iloc[3, 1] = np.nan
+    assert np.isfinite(GaussianMixture(2, random_state=0).fit(frame).impute(frame)).all()

@@ -12,10 +12,12 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from scipy import stats
 from torch import Tensor
 from torch.distributions import constraints
 
 from pyroem import EM, MAP, DataError, Fit, ModelError, SettingError, blocks, datasets
+from pyroem.models import box_sides, gaussian_mixture_with_noise, mixture_of_regressions
 from pyroem.models.gaussian import gaussian_mixture
 from pyroem.problem import pose
 
@@ -576,3 +578,119 @@ def test_nothing_to_impute() -> None:
         fit.impute()
     with pytest.raises(SettingError, match="draws must be a positive integer"):
         fit.impute(draws=0)
+
+
+# ---------------------------------------------------------------------------------------
+# Where the data lie does not matter
+
+
+@pytest.mark.parametrize("covariance", ["EEE", "VVV"])
+def test_data_far_from_zero(covariance: str) -> None:
+    """The optimum of data with holes is that of the same data around zero, from any start."""
+    rng = np.random.default_rng(0)
+    z = rng.integers(0, 2, 400)
+    x = np.array([[2000.0, 300.0], [2020.0, 310.0]])[z] + rng.normal(size=(400, 2))
+    x[rng.random(x.shape) < 0.2] = NAN
+    wanted = EM().fit(gaussian_mixture(2, covariance), x - np.nanmean(x, 0)).log_likelihood
+    assert wanted > -1140
+    for init in ("auto", "kmeans", {"z": z}):
+        fit = EM().fit(gaussian_mixture(2, covariance), x, init=init)
+        assert fit.converged
+        assert fit.log_likelihood == pytest.approx(wanted, abs=1e-3)
+
+
+def test_columns_of_unlike_scales() -> None:
+    x = with_holes(three_groups(200, 3), 0.2)
+    scales = torch.tensor([1e-3, 1.0, 1e3], dtype=torch.float64)
+    fit = EM().fit(gaussian_mixture(3), x * scales + 1e5 * scales)
+    shift = float((scales.log() * (~x.isnan()).sum(0)).sum())
+    wanted = EM().fit(gaussian_mixture(3), x).log_likelihood
+    assert fit.log_likelihood + shift == pytest.approx(wanted, abs=1e-2)
+
+
+def test_masked_arrays() -> None:
+    """What numpy masks is missing."""
+    x = three_groups(120, 2).numpy()
+    holes = np.random.default_rng(0).random(x.shape) < 0.1
+    masked = np.ma.MaskedArray(np.where(holes, -999.0, x), holes)
+    a = EM().fit(gaussian_mixture(3), masked)
+    b = EM().fit(gaussian_mixture(3), np.where(holes, NAN, x))
+    assert a.log_likelihood == b.log_likelihood
+
+
+def test_trials_that_differ_by_row() -> None:
+    """No missing count is refused for what stands in for it."""
+    rng = np.random.default_rng(1)
+    x = np.column_stack([np.ones(200), rng.normal(size=200)])
+    trials = rng.integers(1, 15, 200)
+    y = rng.binomial(trials, 1 / (1 + np.exp(-x @ [0.3, 1.0]))).astype(float)
+    y[0], trials[0] = 14, 14  # the first that is seen is too large for most rows
+    gone = np.arange(200) % 5 == 2
+    y[gone] = NAN
+    for program in (
+        mixture_of_regressions(1, "binomial", intercept=False),
+        overdispersed,
+    ):
+        a = EM().fit(program, x, y, size=trials)
+        b = EM().fit(program, x[~gone], y[~gone], size=trials[~gone])
+        assert a.log_likelihood == pytest.approx(b.log_likelihood, abs=1e-6)
+    y[3] = 20.0
+    with pytest.raises(
+        DataError, match=r"must lie in IntegerInterval\(lower_bound=0, upper_bound="
+    ):
+        EM().fit(overdispersed, x, y, size=trials)
+
+
+def overdispersed(x: Tensor, y: Tensor, size: Tensor) -> None:
+    a = pyro.param("a", torch.tensor(1.5), constraint=constraints.positive)
+    b = pyro.param("b", torch.tensor(1.0), constraint=constraints.positive)
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.BetaBinomial(a, b, size.to(y)), obs=y)
+
+
+def test_no_mean_no_expectation() -> None:
+    def model(x: Tensor) -> None:
+        loc = pyro.param("loc", torch.tensor([0.0, 8.0]))
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2))
+            pyro.sample("x", dist.Cauchy(loc[z], 1.0), obs=x)
+
+    x = torch.cat([torch.linspace(-2, 2, 30), torch.linspace(6, 10, 30)]).double()
+    x[5] = NAN
+    with pytest.raises(ModelError, match="Cauchy has no mean; use draws"):
+        EM().fit(model, x).impute()
+
+
+@pytest.mark.parametrize("covariance", ["full", "tied", "diagonal", "spherical"])
+def test_noise_of_columns_that_are_seen(covariance: str) -> None:
+    """The density of the noise is that over the columns seen, whatever their units."""
+    rng = np.random.default_rng(0)
+    x = np.concatenate(
+        [rng.normal(size=(90, 2)), rng.normal(size=(90, 2)) + 6, rng.uniform(-15, 15, (20, 2))]
+    )
+    x[::4, 0] = NAN
+    fit = EM().fit(gaussian_mixture_with_noise(2, box_sides(x), covariance), x)
+    params = {n: v.numpy() for n, v in fit.params.items()}
+    sides = np.array(box_sides(x))
+    total = 0.0
+    for row in x:
+        o = ~np.isnan(row)
+        density = params["weights"][2] / sides[o].prod()
+        for k in range(2):
+            if covariance in ("full", "tied"):
+                cov = params["covariance"]
+                cov = cov[k] if covariance == "full" else cov
+            else:
+                scale = params["scale"][k] * np.ones(2)
+                cov = np.diag(scale**2)
+            own = stats.multivariate_normal(params["loc"][k][o], cov[np.ix_(o, o)])
+            density += params["weights"][k] * own.pdf(row[o])
+        total += np.log(density)
+    assert fit.log_likelihood == pytest.approx(total, rel=1e-9)
+    if covariance != "spherical":
+        scaled = x * [1, 1e6]
+        again = EM().fit(gaussian_mixture_with_noise(2, box_sides(scaled), covariance), scaled)
+        shift = np.log(1e6) * len(x)
+        assert again.log_likelihood + shift == pytest.approx(fit.log_likelihood, abs=1e-3)
+    with pytest.raises(ModelError, match=r"box_sides\(x\), as values are missing"):
+        EM().fit(gaussian_mixture_with_noise(2, 900.0, covariance), x)

@@ -1222,3 +1222,23 @@ def test_two_components_by_ascent_steps(kind: str) -> None:
     own = value({n: v.numpy() for n, v in fit.params.items()})
     assert fit.log_likelihood / N == pytest.approx(own, abs=1e-12)
     assert own == pytest.approx(climb(fit, value), abs=1e-6)
+
+
+def logistic(x: Tensor, y: Tensor) -> None:
+    b = pyro.param("b", torch.zeros(4))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Bernoulli(logits=x @ b), obs=y)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 7])
+def test_a_large_covariate_saturates_no_probe(seed: int) -> None:
+    """Where probabilities are 0 or 1 at the probes they seem affine in anything."""
+    rng = np.random.default_rng(seed)
+    x = np.column_stack([np.ones(300), rng.normal(size=(300, 3))])
+    y = (rng.uniform(size=300) < special.expit(x @ [0.3, 1.0, -1.0, 0.5])).astype(float)
+    wanted = EM().fit(logistic, x, y)
+    fit = EM().fit(logistic, x * [1, 1e6, 1, 1], y)
+    assert fit.converged
+    assert fit.log_likelihood == pytest.approx(wanted.log_likelihood, abs=1e-6)
+    scaled = fit.params["b"] * torch.tensor([1, 1e6, 1, 1])
+    assert torch.allclose(scaled, wanted.params["b"], rtol=1e-4)

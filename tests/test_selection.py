@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import pyro.distributions as dist
@@ -719,3 +719,31 @@ def test_a_partial_factory_takes_settings() -> None:
     factory = partial(gaussian_mixture, covariance="EEI")
     found = selected(factory, faithful(), components=[1, 2])
     assert [row.df for row in found.rows] == [4, 7]
+
+
+def test_replicates_are_fitted_with_the_care_of_a_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One normal against two: the statistics of drawn data are those of fits of their own."""
+    x = torch.randn(60, 2, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    drawn, sample = [], pyroem.Fit.sample
+
+    def spy(self: pyroem.Fit, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        found = sample(self, *args, **kwargs)
+        drawn.append(found["x"])
+        return found
+
+    monkeypatch.setattr(pyroem.Fit, "sample", spy)
+    test = likelihood_ratio_test(gaussian_mixture, x, components=1, replicates=8)
+    own = [2 * (EM().fit(gaussian_mixture(2), y).log_likelihood - at_one(y)) for y in drawn[:8]]
+    short = [a - b for a, b in zip(own, test.replicates, strict=True) if a > b + 0.01]
+    assert len(short) <= 1
+    assert sum(test.replicates) >= sum(own) - 4
+
+
+def at_one(x: Tensor) -> float:
+    return EM().fit(gaussian_mixture(1), x).log_likelihood
+
+
+def test_a_program_in_place_of_its_maker() -> None:
+    x = torch.randn(30, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with pytest.raises(SettingError, match="give the function that makes it"):
+        selected(cast(Any, gaussian_mixture(2)), x)

@@ -398,6 +398,9 @@ def as_data(x: Any, dtype: torch.dtype) -> Any:
     def convert(leaf: Any) -> Any:
         if hasattr(leaf, "__array__") and not isinstance(leaf, Tensor):
             try:
+                if isinstance(leaf, np.ma.MaskedArray) and np.ma.is_masked(leaf):
+                    hidden = np.ma.getmaskarray(leaf)  # what is masked is missing
+                    leaf = np.where(hidden, np.nan, np.ma.getdata(leaf).astype(np.float64))
                 array = np.asarray(leaf)
                 leaf = torch.as_tensor(array.astype(array.dtype.newbyteorder("="), order="C"))
             except (TypeError, ValueError) as error:

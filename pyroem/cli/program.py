@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any, TextIO, cast
 
 from pyroem import datasets
 from pyroem.cli import compare, fit, predict, select
@@ -46,13 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code (`pyroem.cli.failures`)."""
     try:
         options = make_parser().parse_args(argv)
-        with warnings_in_a_line():
+        with warnings_in_a_line(), to_a_closing_pipe():
             code: int = options.run(options)
             sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader of a pipe has seen enough (pyroem predict ... | head).
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return SUCCESS
     except (UsageError, PyroemError, OSError) as error:
         print(f"pyroem: error: {one_line(error)}", file=sys.stderr)
         return AT_FAULT
@@ -63,6 +61,46 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("pyroem: interrupted before there was a fit", file=sys.stderr)
         return INTERRUPTED
     return code
+
+
+@contextmanager
+def to_a_closing_pipe() -> Iterator[None]:
+    """Go on where the reader of a pipe has seen enough (``pyroem fit ... --output F | head -3``).
+
+    What else is printed is lost; files are written, and the exit code is that of the command.
+    """
+    before = sys.stdout
+    sys.stdout = cast(TextIO, _Output(before))
+    try:
+        yield
+    finally:
+        sys.stdout = before
+
+
+class _Output:
+    """Standard output that does not mind when nobody reads it any more."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            self._close()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._close()
+
+    def _close(self) -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
 
 def make_parser() -> Parser:

@@ -36,7 +36,7 @@ def _alternate(step: Callable[[Tensor], Tensor], volumes: Tensor) -> Tensor:
     return volumes
 
 
-def _vei(n: Tensor, s: Tensor) -> Tensor:
+def _vei(n: Tensor, s: Tensor, old: Tensor | None) -> Tensor:
     def shape(volumes: Tensor) -> Tensor:
         return (s / volumes).sum(0, keepdim=True) / n.sum(0, keepdim=True)
 
@@ -44,11 +44,12 @@ def _vei(n: Tensor, s: Tensor) -> Tensor:
         found = (s / shape(volumes)).sum(1, keepdim=True) / n.sum(1, keepdim=True)
         return torch.where(n.sum(1, keepdim=True) > 0, found, volumes)
 
-    volumes = _alternate(step, torch.ones_like(n[:, :1]))
+    volumes = torch.ones_like(n[:, :1]) if old is None else _geometric(old)
+    volumes = _alternate(step, volumes)
     return volumes * shape(volumes)
 
 
-def _evi(n: Tensor, s: Tensor) -> Tensor:
+def _evi(n: Tensor, s: Tensor, old: Tensor | None) -> Tensor:
     """``v_kd = s_kd / (n_kd - m_k)`` with ``m_k`` such that all products over d are equal.
 
     Where the weights of a component are the same in all columns, its shape is that of ``s_k``;
@@ -107,7 +108,7 @@ def determinant_root(w: Tensor) -> Tensor:
     return (value / w.shape[-1]).exp()[..., None, None]
 
 
-def _vee(n: Tensor, w: Tensor, turns: Tensor | None) -> Tensor:
+def _vee(n: Tensor, w: Tensor, old: Tensor | None) -> Tensor:
     def common(volumes: Tensor) -> Tensor:
         total = (w / volumes[:, None, None]).sum(0)
         return total / determinant_root(total)
@@ -116,11 +117,12 @@ def _vee(n: Tensor, w: Tensor, turns: Tensor | None) -> Tensor:
         traces = torch.linalg.solve(common(volumes), w).diagonal(dim1=-2, dim2=-1).sum(-1)
         return torch.where(n > 0, traces / (w.shape[-1] * n), volumes)
 
-    volumes = _alternate(step, torch.ones_like(n))
+    volumes = torch.ones_like(n) if old is None else determinant_root(old).reshape(-1)
+    volumes = _alternate(step, volumes)
     return volumes[:, None, None] * common(volumes)
 
 
-def _evv(n: Tensor, w: Tensor, turns: Tensor | None) -> Tensor:
+def _evv(n: Tensor, w: Tensor, old: Tensor | None) -> Tensor:
     size = torch.where((n > 0)[:, None, None], determinant_root(w), 0.0)
     volume = size.sum() / n.sum()
     pooled = w.sum(0)
@@ -128,32 +130,34 @@ def _evv(n: Tensor, w: Tensor, turns: Tensor | None) -> Tensor:
     return volume * torch.where(size > 0, own, pooled / determinant_root(pooled))
 
 
-def _eev(n: Tensor, w: Tensor, turns: Tensor | None) -> Tensor:
+def _eev(n: Tensor, w: Tensor, old: Tensor | None) -> Tensor:
     values, axes = torch.linalg.eigh(w)
     return turned(axes, (values.sum(0) / n.sum()).expand_as(values))
 
 
-def _vev(n: Tensor, w: Tensor, turns: Tensor | None) -> Tensor:
+def _vev(n: Tensor, w: Tensor, old: Tensor | None) -> Tensor:
     values, axes = torch.linalg.eigh(w)
     values = values.clamp(min=0)
-    diagonal = _vei(n[:, None].expand_as(values), values)
+    before = None if old is None else torch.linalg.eigvalsh(old)
+    diagonal = _vei(n[:, None].expand_as(values), values, before)
     return turned(axes, diagonal)
 
 
-def _eve(n: Tensor, w: Tensor, turns: Tensor | None) -> Tensor:
-    axes, diagonal = _rotated(n, w, turns, lambda d: np.exp(np.log(d).mean(1)))
-    return turned(axes, _evi(n[:, None].expand_as(diagonal), diagonal))
+def _eve(n: Tensor, w: Tensor, old: Tensor | None) -> Tensor:
+    axes, diagonal = _rotated(n, w, old, lambda d: np.exp(np.log(d).mean(1)))
+    return turned(axes, _evi(n[:, None].expand_as(diagonal), diagonal, None))
 
 
-def _vve(n: Tensor, w: Tensor, turns: Tensor | None) -> Tensor:
-    axes, diagonal = _rotated(n, w, turns, lambda d: np.array(n.tolist()))
+def _vve(n: Tensor, w: Tensor, old: Tensor | None) -> Tensor:
+    axes, diagonal = _rotated(n, w, old, lambda d: np.array(n.tolist()))
     pooled = diagonal.sum(0) / n.sum()
     own = diagonal / n[:, None]
     return turned(axes, torch.where((n > 0)[:, None], own, pooled))
 
 
-VARIANCE_SOLVERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"VEI": _vei, "EVI": _evi}
-MATRIX_SOLVERS: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
+Solver = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+VARIANCE_SOLVERS: dict[str, Solver] = {"VEI": _vei, "EVI": _evi}
+MATRIX_SOLVERS: dict[str, Solver] = {
     "VEE": _vee,
     "EVV": _evv,
     "EEV": _eev,
@@ -177,14 +181,14 @@ def common_axes(matrices: Tensor) -> Tensor:
 
 
 def _rotated(
-    n: Tensor, w: Tensor, turns: Tensor | None, scales: Callable[[NDArray], NDArray]
+    n: Tensor, w: Tensor, old: Tensor | None, scales: Callable[[NDArray], NDArray]
 ) -> tuple[Tensor, Tensor]:
     """Common axes, and the diagonals of ``U' W_k U``.
 
     Rotations in one plane after another, by the angle that minimises ``sum_k c_k tr(U' W_k U
     diag_k^-1)`` with ``c_k`` from ``scales``; the diagonals are then those of the turned matrices.
     """
-    start = torch.linalg.eigh(w.sum(0))[1] if turns is None else turns
+    start = torch.linalg.eigh(w.sum(0))[1] if old is None else common_axes(old)
     # Thousands of tiny steps: numpy takes a fifth of the time of torch.
     axes = np.array(start.tolist())
     m = axes.T @ np.array(w.tolist()) @ axes

@@ -19,7 +19,6 @@ from torch.distributions import constraints
 from pyroem.constraints.maximisers import (
     MATRIX_SOLVERS,
     VARIANCE_SOLVERS,
-    common_axes,
     of_full_rank,
 )
 
@@ -57,6 +56,11 @@ class SharedConstraint(constraints.Constraint):
     def how(self) -> str:
         """How its maximiser is found, for ``explain()``."""
         return _HOW.get(self.name, "one formula")
+
+    @property
+    def iterates(self) -> bool:
+        """Whether its maximiser is an inner iteration."""
+        return self.name in _HOW
 
     def dimension(self, shape: tuple[int, ...]) -> int:
         """The number of free parameters of one event."""
@@ -100,8 +104,8 @@ class variances(SharedConstraint):  # noqa: N801 - constraints are written like 
         return k + d - 1 if self.name == "VEI" else k * (d - 1) + 1
 
     def maximise(self, weights: Tensor, scatters: Tensor, old: Tensor | None = None) -> Tensor:
-        """From ``n [K, D]`` and the sums of squares ``[K, D]``."""
-        return VARIANCE_SOLVERS[self.name](weights, scatters)
+        """From ``n [K, D]`` and the sums of squares ``[K, D]``; ``old`` is where to begin."""
+        return VARIANCE_SOLVERS[self.name](weights, scatters, old)
 
     def project(self, value: Tensor) -> Tensor:
         """The fit to rows with these variances."""
@@ -132,10 +136,7 @@ class covariances(SharedConstraint):  # noqa: N801
 
     def maximise(self, weights: Tensor, scatters: Tensor, old: Tensor | None = None) -> Tensor:
         """From ``n [K]`` and the scatter matrices ``W [K, D, D]``; ``old`` is where to begin."""
-        turns = None
-        if old is not None and self.name in ("EVE", "VVE"):
-            turns = common_axes(old)
-        found = MATRIX_SOLVERS[self.name](weights, of_full_rank(weights, scatters), turns)
+        found = MATRIX_SOLVERS[self.name](weights, of_full_rank(weights, scatters), old)
         return 0.5 * (found + found.mT)
 
     def project(self, value: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,7 +51,8 @@ SETTINGS = """
     n_init
         The number of starts, of which the best is kept.
     fixed
-        Names of the program's parameters that are held at the values that ``init`` gives.
+        Names of the program's parameters (those of ``fit_result_.params``) that are held at the
+        values that ``init`` gives.
     random_state
         Of the search for a start, and of :meth:`sample`.
     warm_start
@@ -187,6 +189,8 @@ class Fitted(BaseEstimator):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
                 raise ValueError(f"{name}: expected a whole number >= 1; got {value!r}.")
+        if not is_number(self.tol) or not self.tol >= 0:
+            raise ValueError(f"tol: expected a number >= 0; got {self.tol!r}.")
         if self.solver not in ("em", "map"):
             raise ValueError(f"solver: expected 'em' or 'map'; got {self.solver!r}.")
         if getattr(self, "prior", None) not in (None, "weak"):
@@ -206,7 +210,8 @@ class Fitted(BaseEstimator):
         if missing:
             raise ValueError(
                 f"fixed: {missing[0]!r} is held at its start, so a value is needed for it; give one"
-                " with the start."
+                " with the start. (The names are those of the program's parameters, as in"
+                " fit_result_.params.)"
             )
         return found
 
@@ -250,7 +255,22 @@ class Fitted(BaseEstimator):
             told += f" ({fit.message})" if fit.message else ""
             if fit.status is Status.MAX_ITER:
                 told = f"{NOT_CONVERGED} {told}"
-            warnings.warn(told, ConvergenceWarning, stacklevel=3)
+            warnings.warn(told, ConvergenceWarning, stacklevel=outside())
+        elif fit.message:
+            warnings.warn(fit.message, ConvergenceWarning, stacklevel=outside())
+
+
+def is_number(value: Any) -> bool:
+    """Whether a setting is one real number."""
+    return isinstance(value, float | int | np.number) and not isinstance(value, bool)
+
+
+def outside() -> int:
+    """The level of the stack at which the package was called, for a warning."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("pyroem."):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def row_weights(sample_weight: Any, X: Any) -> NDArray | None:

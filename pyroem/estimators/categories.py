@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from sklearn.utils.validation import validate_data
 
 from pyroem.estimators import densities
-from pyroem.estimators.base import Params
+from pyroem.estimators.base import Params, outside
+from pyroem.estimators.labels import is_unknown
 from pyroem.estimators.priors import SIZE, WithPrior
 from pyroem.models.assignments import Program
 from pyroem.models.categories import bernoulli_mixture, latent_class
@@ -77,11 +78,25 @@ class BernoulliMixture(WithPrior):
         missing = np.isnan(X)
         if self.binarize is not None:
             threshold = self.binarize
+            if reset:
+                self._check_coding(X, threshold)
             return np.where(missing, X, np.greater(X, threshold).astype(X.dtype))
         if not np.all(missing | (X == 0) | (X == 1)):
             wrong = X[~(missing | (X == 0) | (X == 1))][0]
             raise ValueError(f"X: expected 0 and 1, as binarize is None; got {wrong}.")
         return X
+
+    def _check_coding(self, X: NDArray, threshold: float) -> None:
+        """Warn of items coded 1 and 2 where both are above ``binarize``."""
+        for j, column in enumerate(X.T):
+            seen = np.unique(column[~np.isnan(column)])
+            if threshold < 1 and seen.tolist() == [1, 2]:
+                warnings.warn(
+                    f"X: column {j} has the values {seen[0]:g} and {seen[1]:g}, both above"
+                    f" binarize={threshold:g}: it tells nothing. Set binarize=1.5.",
+                    UserWarning,
+                    stacklevel=outside(),
+                )
 
     def _make_program(self) -> Program:
         return bernoulli_mixture(int(self.n_components), self._own_prior())
@@ -177,7 +192,9 @@ class LatentClass(WithPrior):
         if values.dtype.kind not in "biufOUS":
             raise ValueError(f"X: expected numbers or strings; got {values.dtype}.")
         if values.dtype.kind == "O":
-            values = np.where([[cell is None for cell in row] for row in values], np.nan, values)
+            values = np.where(
+                [[is_unknown(cell) for cell in row] for row in values], np.nan, values
+            )
         if reset and not self._warm():
             self.categories_ = [categories_of(column, j) for j, column in enumerate(values.T)]
         pairs = zip(values.T, self.categories_, strict=True)
@@ -268,7 +285,7 @@ def beside(columns: list[NDArray]) -> NDArray:
 def is_missing(column: NDArray) -> NDArray[np.bool_]:
     """Where a column is NaN."""
     if column.dtype.kind == "O":
-        return np.array([isinstance(x, float) and x != x for x in column], dtype=bool)
+        return np.array([is_unknown(x) for x in column], dtype=bool)
     return np.isnan(column) if column.dtype.kind == "f" else np.zeros(len(column), dtype=bool)
 
 
@@ -280,7 +297,10 @@ def categories_of(column: NDArray, j: int) -> NDArray:
     try:
         return np.unique(seen)
     except TypeError as error:
-        raise ValueError(f"X: the values of column {j} cannot be sorted: {error}.") from error
+        kinds = ", ".join(sorted({type(x).__name__ for x in seen}))
+        raise ValueError(
+            f"X: expected values of one kind in column {j}; got {kinds}, which cannot be sorted."
+        ) from error
 
 
 CategoricalMixture = LatentClass

@@ -25,6 +25,7 @@ from pyroem.models.gaussian import COVARIANCES, gaussian_mixture
 from pyroem.solver import Solver
 from pyroem.starts import SEARCHES, starts
 
+PROPPED = 1.01  # of reg_covar: a variance below is reg_covar
 SKLEARN = ("kmeans", "k-means++", "random", "random_from_data")
 
 
@@ -167,7 +168,7 @@ class GaussianMixture(WithPrior):
 
     def _learn(self, X: NDArray, weights: NDArray | None) -> None:
         super()._learn(X, weights)
-        self._ridge = initial.ridge(X, weights, self.reg_covar)
+        self.ridge_ = initial.ridge(X, weights, self.reg_covar)
 
     def _make_program(self) -> Program:
         K, prior = int(self.n_components), self._own_prior()
@@ -240,7 +241,7 @@ class GaussianMixture(WithPrior):
             if not simple:
                 yield {"z": resp, **given}
                 continue
-            found = initial.moments(X, resp, weights, shape.form, self._ridge)
+            found = initial.moments(X, resp, weights, shape.form, self.ridge_)
             if shape.spread not in given:
                 initial.check_regular(found[2], shape.form)
             start = dict(zip(("weights", "loc"), found[:2], strict=True))
@@ -262,16 +263,19 @@ class GaussianMixture(WithPrior):
         own = {"weights": "weights", "means": "loc", "precisions": self._shape.spread}
         return tuple(own[n] for n in fixed)
 
+    @property
+    def _ridged(self) -> bool:
+        return self.prior is None and self._shape.mclust in (*PRIORS, "EEI", "EII")
+
     def _solver(self, held: tuple[str, ...]) -> Solver:
         if self.solver == "map":
             return super()._solver(held)
-        ridged = self.prior is None and self._shape.mclust in (*PRIORS, "EEI", "EII")
         return PacedEM(
             tol=self.tol,
             max_iter=max(int(self.max_iter), 1),
             fixed=held,
             progress=bool(self.verbose),
-            ridge=tuple(self._ridge.tolist()) if ridged else (),
+            ridge=tuple(self.ridge_.tolist()) if self._ridged else (),
         )
 
     def _run(self, args: tuple[Any, ...], weights: NDArray | None) -> Fit:
@@ -295,8 +299,29 @@ class GaussianMixture(WithPrior):
             fit = solver.solve(problem, chosen, int(self.n_init) if searched else len(chosen))
         return in_step(fit) if isinstance(solver, PacedEM) else fit
 
+    def _propped_up(self, fit: Fit) -> Fit:
+        """Degenerate, where nothing but ``reg_covar`` keeps a component from a collapse."""
+        shape, ridge = self._shape, self.ridge_
+        if fit.status not in (Status.CONVERGED, Status.MAX_ITER) or not self._ridged:
+            return fit
+        if shape.spread in self._held(fit.params):
+            return fit
+        spread = np.nanvar(fit.problem.structure.program.args[0].numpy(), axis=0)
+        found = shape.covariances(fit.params[shape.spread].numpy(), int(self.n_components))
+        if shape.form in ("full", "tied"):
+            found = np.diagonal(found, axis1=-2, axis2=-1)
+        elif shape.form == "spherical":
+            found, ridge, spread = found[:, None], ridge.mean(), spread.mean()
+        low = (found <= PROPPED * ridge) & (spread > 10 * ridge)
+        if not low.any():
+            return fit
+        where = np.flatnonzero(low.any(-1)).tolist() if low.ndim == 2 else []
+        which = f" of component {', '.join(map(str, where))}" if where else ""
+        message = f"a variance{which} is nothing but reg_covar; use fewer components, or a prior"
+        return replace(fit, status=Status.DEGENERATE, message=message)
+
     def _accept(self, fit: Fit, dtype: Any) -> None:
-        super()._accept(fit, dtype)
+        super()._accept(self._propped_up(fit) if self.solver == "em" else fit, dtype)
         if self.solver == "em":
             self.lower_bounds_ = [r.log_joint / fit.problem.rows for r in fit.history[:-1]]
             self.lower_bound_ = self.lower_bounds_[-1] if self.lower_bounds_ else -np.inf

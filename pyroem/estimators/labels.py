@@ -12,17 +12,27 @@ UNKNOWN = -1
 
 
 def known_components(y: Any, rows: int, components: int) -> NDArray[np.int64] | None:
-    """``y`` as integers, ``-1`` for unknown; None where it is none or holds no ``-1`` at all.
+    """``y`` as integers, ``-1`` for unknown; None where it is none or leaves nothing unknown.
+
+    Unknown are ``-1``, NaN and None.
 
     Raises:
     ------
     ValueError
-        Where ``y`` holds ``-1`` and something else than whole numbers up to ``components - 1``, or
+        Where ``y`` holds such and something else than whole numbers up to ``components - 1``, or
         has another length than the data.
     """
     if y is None:
         return None
     given = np.asarray(y)
+    if given.dtype.kind == "O":
+        unknown = np.array([is_unknown(cell) for cell in given.ravel()]).reshape(given.shape)
+        try:
+            given = np.where(unknown, UNKNOWN, given).astype(np.float64)
+        except (TypeError, ValueError):
+            return None
+    if given.dtype.kind == "f":
+        given = np.where(np.isnan(given), UNKNOWN, given)
     if given.dtype.kind not in "iuf" or not np.any(given == UNKNOWN):
         return None
     if given.shape != (rows,):
@@ -32,10 +42,21 @@ def known_components(y: Any, rows: int, components: int) -> NDArray[np.int64] | 
     labels = given.astype(np.int64)
     if np.any(labels != given) or labels.min() < UNKNOWN or labels.max() >= components:
         raise ValueError(
-            f"y: it holds -1 and so says which component each row belongs to. Expected whole"
-            f" numbers from -1 (unknown) to {components - 1}; got {given.min()} to {given.max()}."
+            "y: it leaves some unknown and so says which component each row belongs to. Expected"
+            f" whole numbers from -1 (unknown) to {components - 1}; got {given.min()} to"
+            f" {given.max()}."
         )
     return labels
+
+
+def is_unknown(cell: Any) -> bool:
+    """Whether a cell of objects is missing: None, NaN, or pandas' NA and NaT, unlike themselves."""
+    if cell is None:
+        return True
+    try:
+        return not bool(cell == cell)
+    except TypeError:
+        return True
 
 
 def agreeing(responsibilities: NDArray, labels: NDArray[np.int64]) -> NDArray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,8 @@ class MixedMixture(Increments):
         For each column ``"gaussian"``, ``"poisson"``, ``"bernoulli"``, or a number C of categories,
         whose values are 0, ..., C - 1. One such word stands for all columns. ``"auto"`` is for data
         frames, whose types say it: floats are gaussian, booleans bernoulli, pandas' categories
-        (numbers from 0) categories; whole numbers could be anything and are refused.
+        (numbers from 0) categories; whole numbers could be anything and are refused. Of a data
+        frame the kinds may also be a dict by column.
     {settings}
 
     Attributes:
@@ -74,7 +75,16 @@ class MixedMixture(Increments):
 
     def _read(self, X: Any, reset: bool = False) -> NDArray:
         types = getattr(X, "dtypes", None)
-        values = super()._read(X, reset)
+        try:
+            values = super()._read(X, reset)
+        except ValueError as error:
+            text = text_columns(X)
+            if not text:
+                raise
+            raise ValueError(
+                f"X: expected numbers; columns {text} hold text. Give codes 0, 1, ..., such as"
+                " X[column].astype('category').cat.codes."
+            ) from error
         if reset:
             self.kinds_ = self._kinds(values.shape[1], types)
         for j, kind in enumerate(self.kinds_):
@@ -89,6 +99,14 @@ class MixedMixture(Increments):
                     "kinds='auto': expected a data frame; give a kind for each column."
                 )
             return [kind_of(dtype, name) for name, dtype in dict(types).items()]
+        if isinstance(kinds, Mapping):
+            names = list(getattr(self, "feature_names_in_", []))
+            if set(names) != set(kinds):
+                raise ValueError(
+                    f"kinds: expected a kind for each of the columns {names}; got some for"
+                    f" {list(kinds)}."
+                )
+            kinds = [kinds[name] for name in names]
         one = isinstance(kinds, str | int | np.integer)
         found = [kinds] * columns if one else list(kinds)
         if len(found) != columns:
@@ -169,6 +187,16 @@ class MixedMixture(Increments):
                 share = own / own.sum()
                 columns.append(rng.choice(len(own), size=n, p=share).astype(np.float64))
         return np.stack(columns, 1)
+
+
+def text_columns(X: Any) -> list[Any]:
+    """The columns of a data frame whose cells, or whose categories, are text."""
+    found = []
+    for name, dtype in dict(getattr(X, "dtypes", {})).items():
+        own = getattr(getattr(dtype, "categories", None), "dtype", dtype)
+        if getattr(own, "kind", "O") not in "biuf":
+            found.append(name)
+    return found
 
 
 def kind_of(dtype: Any, name: Any) -> str | int:

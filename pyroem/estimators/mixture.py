@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any, TypeVar
 
 import numpy as np
@@ -189,7 +190,9 @@ class Mixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, F
         """A fit at the fitted parameters, to some rows without missing values."""
         rng = np.random.RandomState(0)
         rows, _ = draw_rows(rng, self.weights_, 20, lambda k, n: self._draw(rng, k, n))
-        return self.result_on(rows)
+        with warnings.catch_warnings():  # these rows have no names of columns
+            warnings.filterwarnings("ignore", message="X does not have valid feature names")
+            return self.result_on(rows)
 
     def _n_parameters(self) -> int:
         """The number of free parameters, as scikit-learn's mixtures tell it."""

@@ -94,12 +94,9 @@ class MixtureOfRegressions(RegressorMixin, Fitted):
         self.warm_start = warm_start
         self.verbose = verbose
 
-    def _check_settings(self, rows: int) -> None:
-        super()._check_settings(rows)
+    def _read(self, X: Any, y: Any, reset: bool = False) -> tuple[NDArray, NDArray]:
         if self.family not in FAMILIES:
             raise ValueError(f"family: expected one of {', '.join(FAMILIES)}; got {self.family!r}.")
-
-    def _read(self, X: Any, y: Any, reset: bool = False) -> tuple[NDArray, NDArray]:
         X, y = validate_data(
             self,
             X,

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pyroem.em import EM
 from pyroem.estimators import densities
-from pyroem.estimators.base import Params
+from pyroem.estimators.base import Params, is_number
 from pyroem.estimators.mixture import Mixture
 from pyroem.models.assignments import Program
 from pyroem.models.student_t import student_t_mixture
@@ -82,6 +82,8 @@ class StudentTMixture(Mixture):
 
     def _check_settings(self, rows: int) -> None:
         super()._check_settings(rows)
+        if self.df is not None and not (is_number(self.df) and self.df > 0):
+            raise ValueError(f"df: expected None or one number > 0; got {self.df!r}.")
         if self.covariance_type not in COVARIANCES:
             raise ValueError(
                 f"covariance_type: expected one of {', '.join(COVARIANCES)}; got"

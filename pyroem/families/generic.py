@@ -53,8 +53,21 @@ def _family(kind: Any, names: tuple[str, ...], dims: tuple[int, ...], event_dim:
         return {n: torch.as_tensor(getattr(d, n)) for n in names}
 
     def log_density(args: Arguments, s: Statistics, w: Tensor) -> Tensor:
-        x = of_rows(s[0], w, event_dim)
-        return w * kind(**{n: args[n] for n in names}).log_prob(x)
+        if bool((w > 0).all()):
+            x = s[0] / w.reshape(w.shape + (1,) * event_dim)
+            return w * kind(**{n: args[n] for n in names}).log_prob(x)
+        # Rows that do not count may hold anything: another row's value may not suit their arguments
+        # (a number of trials, say).
+        split = {n: args[n].dim() - e for n, e in zip(names, dims, strict=True)}
+        shape = torch.broadcast_shapes(w.shape, *(args[n].shape[:at] for n, at in split.items()))
+        w = w.expand(shape)
+        keep = w > 0
+        shown = {n: args[n].expand(shape + args[n].shape[at:])[keep] for n, at in split.items()}
+        x = s[0].expand(shape + s[0].shape[s[0].dim() - event_dim :])[keep]
+        count = w[keep]
+        x = x / count.reshape(count.shape + (1,) * event_dim)
+        found = count * kind(**shown).log_prob(x)
+        return torch.zeros_like(w).index_put((keep,), found)
 
     return Family(
         arguments,
@@ -70,14 +83,3 @@ def _family(kind: Any, names: tuple[str, ...], dims: tuple[int, ...], event_dim:
 def free(name: str, event_dim: int = 0) -> Coordinate:
     """An argument without a closed form."""
     return Coordinate(name, name, forms.FREE[event_dim], lambda s, w, args: ())
-
-
-def of_rows(weighted: Tensor, weight: Tensor, event_dim: int = 0) -> Tensor:
-    """The data of each row from ``weight`` times it; some other row's where the weight is zero."""
-    w = weight.reshape(weight.shape + (1,) * event_dim).expand_as(weighted)
-    if bool((w > 0).all()):
-        return weighted / w
-    x = weighted / torch.where(w > 0, w, 1.0)
-    flat = x.reshape((-1, *x.shape[x.dim() - event_dim :]))
-    at = int(w.reshape((len(flat), -1))[:, 0].argmax())
-    return torch.where(w > 0, x, flat[at])

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -35,8 +36,11 @@ def check_choice(name: str, choice: str, choices: tuple[str, ...]) -> str:
 def rows(x: torch.Tensor, columns: int | None = None) -> torch.Tensor:
     """The rows ``x [N, D]`` as real numbers (which can hold a NaN), integers being cast.
 
-    Raises ``ValueError`` where ``x`` has another number of dimensions, or of ``columns``.
+    Arrays and data frames are taken too, for functions that are called with the data itself. Raises
+    ``ValueError`` where ``x`` has another number of dimensions, or of ``columns``.
     """
+    if not isinstance(x, torch.Tensor):
+        x = torch.as_tensor(np.asarray(x))
     if x.ndim != 2 or columns not in (None, x.shape[-1]):
         wanted = f"[N, {'D' if columns is None else columns}]"
         raise ValueError(f"Expected x of shape {wanted}; got {list(x.shape)}.")

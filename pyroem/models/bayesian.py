@@ -43,6 +43,8 @@ def bayesian_gaussian_mixture(
     """
     check_count("components", components)
     check_choice("covariance", covariance, get_args(Covariance))
+    if not isinstance(prior, Prior):
+        raise ValueError(f"Expected a prior, made by weak_prior(x); got {type(prior).__name__}.")
     D = len(prior.mean)
     degrees = D + 2 if degrees is None else degrees
     if not shrinkage > 0:

@@ -1,7 +1,9 @@
 """Gaussian mixtures with a component of uniform noise, as a Pyro program."""
 
 import math
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -24,7 +26,7 @@ WIDTH = 1e12
 
 
 def gaussian_mixture_with_noise(
-    components: int, volume: float, covariance: str = "full"
+    components: int, volume: float | Sequence[float], covariance: str = "full"
 ) -> Program:
     """The program ``program(x, labels=None)`` of K Gaussians and noise, for rows ``x [N, D]``.
 
@@ -33,7 +35,9 @@ def gaussian_mixture_with_noise(
 
     with ``weights [K + 1]`` on the simplex, the noise last, ``loc [K, D]``, and ``covariance`` or
     ``scale`` as in :func:`pyroem.models.gaussian_mixture`. ``volume`` is that of the region of the
-    data, see :func:`box_volume`. The noise is written as a Gaussian so wide that its density is one
+    data, see :func:`box_volume`; or, where values are missing, the lengths of its D sides
+    (:func:`box_sides`): the density of a row is then over the columns that are seen of it. The
+    noise is written as a Gaussian so wide that its density is one
     number on the data, times the constant that makes it ``1 / volume``: the density of the site
     ``level``, which always shows zero. So the noise stands in the same site as the other components
     (a site of its own needs masks that differ by component). It has no use as a simulator: rows
@@ -43,18 +47,30 @@ def gaussian_mixture_with_noise(
     """
     check_count("components", components)
     check_choice("covariance", covariance, COVARIANCES)
-    if not (volume > 0 and math.isfinite(volume)):
-        raise ValueError(f"Expected a volume that is positive and finite; got {volume}.")
-    return partial(_program, components=components, volume=float(volume), covariance=covariance)
+    sides = torch.as_tensor(volume, dtype=torch.float64)
+    if sides.dim() > 1 or not bool(((sides > 0) & sides.isfinite()).all()):
+        raise ValueError(
+            f"Expected a volume, or lengths of sides, positive and finite; got {volume}."
+        )
+    return partial(_program, components=components, volume=sides, covariance=covariance)
 
 
-def box_volume(x: torch.Tensor) -> float:
+def box_volume(x: Any) -> float:
     """The volume of the smallest box, sides parallel to the axes, around the rows ``x [N, D]``."""
-    x = rows(x)
-    x = x[~x.isnan().any(-1)]
-    if not len(x):
-        raise ValueError("Expected a row without NaN; got none.")
-    return math.exp(float((x.amax(0) - x.amin(0)).double().log().sum()))
+    return math.exp(sum(map(math.log, box_sides(x))))
+
+
+def box_sides(x: Any) -> list[float]:
+    """The lengths of the sides of the smallest box around the rows ``x [N, D]``; NaN are left out.
+
+    Raises ``ValueError`` for a column without two different values.
+    """
+    x = rows(x).double()
+    missing = x.isnan()
+    sides = x.masked_fill(missing, -torch.inf).amax(0) - x.masked_fill(missing, torch.inf).amin(0)
+    if not bool(((sides > 0) & sides.isfinite()).all()):
+        raise ValueError(f"Expected columns of positive length; got sides {sides.tolist()}.")
+    return [float(side) for side in sides]
 
 
 def _program(
@@ -62,15 +78,22 @@ def _program(
     labels: torch.Tensor | None = None,
     *,
     components: int,
-    volume: float,
+    volume: torch.Tensor,
     covariance: str,
 ) -> None:
     x = rows(x)
     K, (N, D) = components, x.shape
-    matrix = covariance in ("full", "tied")
-    one = torch.eye(D).to(x) if matrix else x.new_ones(() if covariance == "spherical" else D)
-    side = WIDTH * volume ** (1 / D)
-    noise = (side**2 if matrix else side) * one
+    matrix, spherical = covariance in ("full", "tied"), covariance == "spherical"
+    one = torch.eye(D).to(x) if matrix else x.new_ones(() if spherical else D)
+    if D > 1 and not volume.dim() and bool(x.isnan().any()):
+        raise ValueError(
+            "Expected lengths of sides, box_sides(x), as values are missing; got one"
+            " volume, which says nothing of single columns."
+        )
+    if volume.dim() and len(volume) != D:
+        raise ValueError(f"Expected the lengths of {D} sides, one a column; got {len(volume)}.")
+    sides = WIDTH * (volume if volume.dim() else volume ** (1 / D)).to(x)
+    noise = torch.diag(sides.expand(D) ** 2) if matrix else sides.expand(D)
     weights = equal_weights(x, K + 1)
     loc = pyro.param("loc", lambda: x.new_zeros(K, D))
     spread = pyro.param(
@@ -78,16 +101,16 @@ def _program(
         lambda: (one if covariance == "tied" else one.expand(K, *one.shape)).clone(),
         constraint=constraints.positive_definite if matrix else constraints.positive,
     )
-    spreads = torch.cat([spread.expand(K, *one.shape), noise.unsqueeze(0)])
+    shown = spread.unsqueeze(-1).expand(K, D) if spherical else spread.expand(K, *one.shape)
+    spreads = torch.cat([shown, noise.unsqueeze(0)])
     centres = torch.cat([loc, x.new_zeros(1, D)])
     level = torch.cat([x.new_ones(K), x.new_full((1,), math.sqrt(2 * math.pi) * WIDTH)])
     with pyro.plate("rows", N):
         z = assignment(dist.Categorical(weights), x, labels)
-        own = spreads[z].unsqueeze(-1) if covariance == "spherical" else spreads[z]
         if matrix:
-            emission = dist.MultivariateNormal(centres[z], covariance_matrix=own)
+            emission = dist.MultivariateNormal(centres[z], covariance_matrix=spreads[z])
         else:
-            emission = dist.Normal(centres[z], own).to_event(1)
+            emission = dist.Normal(centres[z], spreads[z]).to_event(1)
         pyro.sample("x", emission, obs=x)
         # Exponential(c) has the density c at zero: a factor for each cell that is not missing.
         constant = dist.Exponential(level[z].unsqueeze(-1)).expand([*z.shape[:-1], N, D])

@@ -184,10 +184,9 @@ def _gauged(coordinate: Coordinate, t: Tensor) -> Tensor:
     return t - t.mean(-1, keepdim=True) if coordinate.form is forms.LOGITS else t
 
 
-def _close(a: Tensor, b: Tensor, size: float | None = None) -> bool:
+def _close(a: Tensor, b: Tensor) -> bool:
     tolerance = TOLERANCE if a.dtype == torch.float64 else 1e-4
-    size = float(b.abs().max()) if size is None else size
-    return bool(((a - b).abs() <= tolerance * size).all())
+    return bool(((a - b).abs() <= tolerance * b.abs().max()).all())
 
 
 def additive(here: Tensor, moved: Tensor, half: Tensor, there: Tensor, there_moved: Tensor) -> bool:
@@ -199,12 +198,17 @@ def additive(here: Tensor, moved: Tensor, half: Tensor, there: Tensor, there_mov
     corners = (here, moved, half, there, there_moved)
     if not all(bool(x.isfinite().all()) for x in corners):
         return False
-    size = max(float(x.abs().max()) for x in corners)
     step = moved - here
+    exact = here.dtype == torch.float64
+    size = max(float(x.abs().max()) for x in corners)
+    rounding = (1e-12 if exact else 1e-5) * size
+    # Measured by the step: a coordinate that hardly moves (probabilities near one) would seem to be
+    # affine in anything.
+    near = (TOLERANCE if exact else 1e-4) * float(step.abs().max()) + rounding
     return (
-        bool((step != 0).any())
-        and _close(2 * half, here + moved, size)
-        and _close(step, there_moved - there, size)
+        bool((step.abs() > 10 * torch.finfo(here.dtype).eps * size).any())
+        and bool(((2 * half - here - moved).abs() <= near).all())
+        and bool(((step - there_moved + there).abs() <= near).all())
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +25,7 @@ from pyroem.selection.programs import (
     pose_all,
 )
 from pyroem.selection.replicates import Places, places_of, replicate
-from pyroem.selection.search import GUESSES, SLACK, Search, healthy
+from pyroem.selection.search import SLACK, Search, healthy
 from pyroem.selection.shared import FAINT, promising, run_from, split_starts
 from pyroem.solver import Solver
 from pyroem.starts import Start, starts
@@ -254,11 +253,15 @@ def _usable(fit: Fit) -> bool:
 
 
 def _fit(problem: Problem, solver: Solver, rivals: list[Start], seed: int) -> Fit:
-    """The fit from the most promising start; from the others where that ends badly."""
-    with suppress(SettingError):  # a program without assignments has no k-means start
-        rivals = [*rivals, *starts(problem, "kmeans", GUESSES, seed)]
+    """The best fit: from the most promising of the ``rivals``, and from a search for a start.
+
+    The search is that of the fits to the observed data: were the drawn data fitted with less care,
+    their statistics would be too small.
+    """
     chosen = promising(problem, solver, rivals, 1, seed)
-    fit = run_from(problem, solver, [*chosen, *rivals], 1, seed)
-    if fit.status is Status.INTERRUPTED or pressed():
+    fits = [run_from(problem, solver, [*chosen, *rivals], 1, seed)]
+    if any(group.movable > 1 for group in problem.groups):
+        fits.append(run_from(problem, solver, list(starts(problem, "auto", 1, seed)), 1, seed))
+    if any(fit.status is Status.INTERRUPTED for fit in fits) or pressed():
         raise KeyboardInterrupt
-    return fit
+    return max(fits, key=lambda fit: rank(fit.status, fit.log_joint))

@@ -96,8 +96,11 @@ def make_program(
         ) from error
     try:
         model = model_factory(components, **settings)
-    except (ValueError, TypeError, KeyError) as error:
-        raise SettingError(f"model_factory refuses {label}: {error}") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise SettingError(
+            f"model_factory refuses {label}: {error} (If it is a program itself, give the function"
+            " that makes it: gaussian_mixture, not gaussian_mixture(2).)"
+        ) from error
     if not callable(model):
         raise SettingError(
             f"model_factory: expected a program (a function of the data) for {label}, got"
