@@ -27,6 +27,7 @@ from pyroem.models import (
     Prior,
     bayesian_gaussian_mixture,
     bernoulli_mixture,
+    box_sides,
     box_volume,
     gaussian_mixture_with_noise,
     hidden_markov,
@@ -723,7 +724,11 @@ def test_noise_of_many_columns_has_the_density_of_its_volume(dtype: torch.dtype)
 
 def test_the_volume_of_a_box() -> None:
     x = real([[0.0, -1.0], [2.0, 3.0], [1.0, 0.0], [np.nan, 50.0]])
-    assert box_volume(x) == pytest.approx(8.0)
+    assert box_volume(x[:3]) == pytest.approx(8.0)
+    assert box_sides(x) == [2.0, 51.0]  # what is seen of a row lies inside
+    assert box_volume(x.numpy()) == pytest.approx(102.0)
+    with pytest.raises(ValueError, match="columns of positive length"):
+        box_sides(x[:1])
 
 
 # ---------------------------------------------------------------------------------------
@@ -797,7 +802,9 @@ MISTAKES: dict[str, Callable[[], object]] = {
     r"a number of categories >= 1; got 0": lambda: mixed_mixture(2, [0]),
     r"a kind for each column; got none": lambda: mixed_mixture(2, []),
     r"family in .*; got 'gamma'": lambda: mixture_of_regressions(2, "gamma"),  # type: ignore[arg-type]
-    r"a volume that is positive and finite; got 0": lambda: gaussian_mixture_with_noise(2, 0.0),
+    r"a volume, or lengths of sides, positive and finite; got 0": lambda: (
+        gaussian_mixture_with_noise(2, 0.0)
+    ),
     r"shrinkage > 0; got 0": lambda: bayesian_gaussian_mixture(2, PRIOR, shrinkage=0.0),
     r"a prior with a positive definite covariance": lambda: bayesian_gaussian_mixture(
         2, weak_prior(X)

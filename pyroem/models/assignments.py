@@ -1,8 +1,8 @@
 """What the ready-made programs share: rows, weights, assignments that are partly known."""
 
 from collections.abc import Callable
+from typing import Any
 
-import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -33,18 +33,19 @@ def check_choice(name: str, choice: str, choices: tuple[str, ...]) -> str:
     return choice
 
 
-def rows(x: torch.Tensor, columns: int | None = None) -> torch.Tensor:
+def rows(x: Any, columns: int | None = None) -> torch.Tensor:
     """The rows ``x [N, D]`` as real numbers (which can hold a NaN), integers being cast.
 
     Arrays and data frames are taken too, for functions that are called with the data itself. Raises
     ``ValueError`` where ``x`` has another number of dimensions, or of ``columns``.
     """
     if not isinstance(x, torch.Tensor):
-        x = torch.as_tensor(np.asarray(x))
+        x = torch.as_tensor(x.to_numpy(copy=True) if hasattr(x, "to_numpy") else x)
     if x.ndim != 2 or columns not in (None, x.shape[-1]):
         wanted = f"[N, {'D' if columns is None else columns}]"
         raise ValueError(f"Expected x of shape {wanted}; got {list(x.shape)}.")
-    return x if x.is_floating_point() else x.to(torch.get_default_dtype())
+    real: torch.Tensor = x if x.is_floating_point() else x.to(torch.get_default_dtype())
+    return real
 
 
 def beside(name: str, values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

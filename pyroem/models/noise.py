@@ -56,7 +56,10 @@ def gaussian_mixture_with_noise(
 
 
 def box_volume(x: Any) -> float:
-    """The volume of the smallest box, sides parallel to the axes, around the rows ``x [N, D]``."""
+    """The volume of the smallest box, sides parallel to the axes, around the rows ``x [N, D]``.
+
+    NaN are left out.
+    """
     return math.exp(sum(map(math.log, box_sides(x))))
 
 

@@ -4,7 +4,7 @@ They are computed once, from all rows, and given to the function that makes the 
 that took them from the rows that it is called with would be another one for each block of rows.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -33,7 +33,7 @@ class CategoryPrior(NamedTuple):
     """How many rows the prior counts for, shared out equally between the components."""
 
 
-def weak_prior(x: torch.Tensor, size: float = 1.0) -> Prior:
+def weak_prior(x: Any, size: float = 1.0) -> Prior:
     """Mean and covariance (divided by N - 1) of the rows ``x [N, D]`` that hold no NaN.
 
     A component of a program with this prior starts from ``size / K`` rows that look like the
@@ -43,12 +43,13 @@ def weak_prior(x: torch.Tensor, size: float = 1.0) -> Prior:
     return Prior(x.mean(0), torch.cov(x.T).reshape(x.shape[1], x.shape[1]), float(size))
 
 
-def weak_category_prior(
-    x: torch.Tensor, categories: tuple[int, ...], size: float = 1.0
-) -> CategoryPrior:
+def weak_category_prior(x: Any, categories: tuple[int, ...], size: float = 1.0) -> CategoryPrior:
     """The proportions of codes 0, ..., C_j - 1 in column j of ``x``; else as :func:`weak_prior`."""
     x = _complete(x, size, len(categories))
-    codes = (torch.arange(check_count("categories", c)).to(x) for c in categories)
+    codes = [torch.arange(check_count("categories", c)).to(x) for c in categories]
+    for j, own in enumerate(codes):
+        if not bool(torch.isin(x[:, j], own).all()):
+            raise ValueError(f"Expected codes 0, ..., {len(own) - 1} in column {j}.")
     shown = (x[:, j, None] == c for j, c in enumerate(codes))
     return CategoryPrior(tuple(s.to(x.dtype).mean(0) for s in shown), float(size))
 
@@ -63,7 +64,7 @@ def component_weights(
     return pyro.sample("weights", dist.Dirichlet((1 + size).expand(components)))
 
 
-def _complete(x: torch.Tensor, size: float, columns: int | None = None) -> torch.Tensor:
+def _complete(x: Any, size: float, columns: int | None = None) -> torch.Tensor:
     x = rows(x, columns)
     x = x[~x.isnan().any(-1)]
     if len(x) < 2:
