@@ -3,14 +3,16 @@
 from pyroem._pyro import markov
 from pyroem.api import e_step, expected_log_joint, log_joint
 from pyroem.blocks import Blocks, blocks
-from pyroem.compare import Comparison, Row, compare
+from pyroem.compare import Comparison, Row, Study, compare
 from pyroem.em import EM
 from pyroem.errors import DataError, ModelError, PyroemError, SettingError
 from pyroem.estep.trace import Posterior
 from pyroem.families import Coordinate, Family, exponential_family, register_family
 from pyroem.fit import Fit
-from pyroem.gradient import MAP, SVI
+from pyroem.gradient import MAP
+from pyroem.implicit import implicit
 from pyroem.loop import Record, Restart, Status
+from pyroem.mcmc import Draws, mcmc
 from pyroem.selection import (
     Candidate,
     LikelihoodRatioTest,
@@ -19,6 +21,8 @@ from pyroem.selection import (
     select,
 )
 from pyroem.stepwise import StepwiseEM
+from pyroem.uncertainty import Uncertainty
+from pyroem.variational import SVI, Approximation
 
 __version__ = "0.1.0"
 
@@ -26,11 +30,13 @@ __all__ = [
     "EM",
     "MAP",
     "SVI",
+    "Approximation",
     "Blocks",
     "Candidate",
     "Comparison",
     "Coordinate",
     "DataError",
+    "Draws",
     "Family",
     "Fit",
     "LikelihoodRatioTest",
@@ -44,14 +50,18 @@ __all__ = [
     "SettingError",
     "Status",
     "StepwiseEM",
+    "Study",
+    "Uncertainty",
     "blocks",
     "compare",
     "e_step",
     "expected_log_joint",
     "exponential_family",
+    "implicit",
     "likelihood_ratio_test",
     "log_joint",
     "markov",
+    "mcmc",
     "register_family",
     "select",
 ]

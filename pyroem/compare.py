@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import html
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from itertools import islice
-from typing import Any
+from typing import Any, overload
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from pyroem._pyro import isolated
+from pyroem.comparison import Comparison, Row, Study, StudyRow, quartiles
 from pyroem.em import EM
 from pyroem.errors import ModelError, SettingError
 from pyroem.fit import Fit
@@ -27,126 +27,42 @@ from pyroem.starts import starts
 from pyroem.structure import Params
 from pyroem.symmetry import permute
 
-
-@dataclass(frozen=True)
-class Row:
-    """One solver's line in the table.
-
-    ``gap`` is the best fit's objective less this one; ``parameter_difference`` the largest
-    difference of any parameter's element to the best fit, states matched, as a fraction of that
-    parameter's largest element.
-    """
-
-    name: str
-    log_joint: float
-    log_likelihood: float
-    gap: float
-    iterations: int
-    passes: int
-    seconds: float
-    status: str
-    converged: bool
-    parameter_difference: float
-
-
-@dataclass(frozen=True, eq=False)
-class Comparison:
-    """The fits of several solvers from one start, and their table.
-
-    Attributes:
-    ----------
-    rows
-        One :class:`Row` a solver.
-    fits
-        Every solver's :class:`~pyroem.fit.Fit`, by name.
-    best
-        The name of the fit with the highest objective; a collapsed one only if all are.
-    missing
-        The solvers that an interrupt kept from running.
-    """
-
-    rows: list[Row]
-    fits: dict[str, Fit]
-    best: str
-    missing: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings: the rows, and every solver's history."""
-        return {
-            "best": self.best,
-            "rows": [asdict(row) for row in self.rows],
-            "history": {
-                name: [record._asdict() for record in fit.history]
-                for name, fit in self.fits.items()
-            },
-        }
-
-    def plot(self, ax: Any = None) -> Any:
-        """Draw the gap to the best objective against iterations and seconds (two axes)."""
-        from pyroem.plot import comparison
-
-        return comparison(self, ax)
-
-    def _cells(self) -> list[list[str]]:
-        table = [
-            [
-                "solver",
-                "log_joint",
-                "log_likelihood",
-                "gap",
-                "iterations",
-                "passes",
-                "seconds",
-                "status",
-                "rel param diff",
-            ]
-        ]
-        for r in self.rows:
-            table.append(
-                [
-                    r.name,
-                    f"{r.log_joint:.6f}",
-                    f"{r.log_likelihood:.6f}",
-                    f"{r.gap:.1e}",
-                    str(r.iterations),
-                    str(r.passes),
-                    f"{r.seconds:.3f}",
-                    r.status,
-                    f"{r.parameter_difference:.1e}",
-                ]
-            )
-        return table
-
-    def __str__(self) -> str:
-        table = self._cells()
-        widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-        left = {0, 7}
-        lines = [
-            "  ".join(
-                c.ljust(w) if i in left else c.rjust(w)
-                for i, (c, w) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in table
-        ]
-        if self.missing:
-            lines.append(f"interrupted; not run: {', '.join(self.missing)}")
-        return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
-
-    def __repr__(self) -> str:
-        return str(self)
-
-    def _repr_html_(self) -> str:
-        head, *body = self._cells()
-        cell = "".join(f"<th>{html.escape(c)}</th>" for c in head)
-        rows = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in body
-        )
-        return f"<table><thead><tr>{cell}</tr></thead><tbody>{rows}</tbody></table>"
+NEAR = 0.01  # nats from the best objective that count as reaching it
 
 
 def default_solvers() -> dict[str, Solver]:
     """EM, and MAP with Adam and with L-BFGS."""
     return {"EM": EM(), "MAP (Adam)": MAP("adam"), "MAP (L-BFGS)": MAP("lbfgs")}
+
+
+@overload
+def compare(
+    model: Callable[..., Any],
+    *args: Any,
+    solvers: Mapping[str, Solver] | None = None,
+    init: Any = "auto",
+    restarts: int = 1,
+    seed: int = 0,
+    seeds: None = None,
+    near: float = NEAR,
+    weights: Any = None,
+    **kwargs: Any,
+) -> Comparison: ...
+
+
+@overload
+def compare(
+    model: Callable[..., Any],
+    *args: Any,
+    solvers: Mapping[str, Solver] | None = None,
+    init: Any = "auto",
+    restarts: int = 1,
+    seed: int = 0,
+    seeds: int,
+    near: float = NEAR,
+    weights: Any = None,
+    **kwargs: Any,
+) -> Study: ...
 
 
 def compare(
@@ -156,15 +72,21 @@ def compare(
     init: Any = "auto",
     restarts: int = 1,
     seed: int = 0,
+    seeds: int | None = None,
+    near: float = NEAR,
     weights: Any = None,
     **kwargs: Any,
-) -> Comparison:
+) -> Comparison | Study:
     """Fit one program with several solvers, each from the same start (or starts).
 
     Every fit is judged on the same ``log_joint``, in the highest precision that any of the solvers
     has. Seconds and passes are those of the iterations from the start on; reading the program and
-    finding the start are shared and not counted. An interrupt (Ctrl-C) ends the comparison with the
-    fits so far.
+    finding the start are shared and not counted, nor is what a solver makes once. An interrupt
+    (Ctrl-C) ends the comparison with the fits so far.
+
+    With ``seeds=20`` all is done for 20 seeds, ``seed`` and those after it, each with a start of
+    its own (most telling with ``init="random"``): a :class:`Study`, with medians and quartiles, and
+    how often each solver came within ``near`` nats of the best objective of all.
 
     Raises:
     ------
@@ -184,6 +106,24 @@ def compare(
                 f"solvers: '{name}' must be a solver such as EM() or MAP(), got"
                 f" {type(solver).__name__}."
             )
+    if seeds is not None:
+        if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
+            raise SettingError(f"seeds: expected a positive integer, got {seeds!r}.")
+
+        def once(number: int) -> Comparison:
+            found: Comparison = compare(
+                model,
+                *args,
+                solvers=chosen,
+                init=init,
+                restarts=restarts,
+                seed=number,
+                weights=weights,
+                **kwargs,
+            )
+            return found
+
+        return _study(once, range(seed, seed + seeds), near)
     problems: dict[Any, Problem] = {}
     fits: dict[str, Fit] = {}
     common = None
@@ -214,6 +154,40 @@ def compare(
     return Comparison(rows, fits, best, tuple(name for name in chosen if name not in fits))
 
 
+def _study(once: Callable[[int], Comparison], seeds: Iterable[int], near: float) -> Study:
+    found: dict[int, Comparison] = {}
+    for number in seeds:
+        found[number] = once(number)
+        cut = any(f.status is Status.INTERRUPTED for f in found[number].fits.values())
+        if found[number].missing or cut:
+            break
+    every = [(c, row) for c in found.values() for row in c.rows]
+    top, best = max(
+        every, key=lambda pair: rank(pair[0].fits[pair[1].name].status, pair[1].log_joint)
+    )
+    reference = top.fits[best.name]
+    rows = []
+    for name in dict.fromkeys(row.name for _, row in every):
+        own = [(c.fits[name], row) for c, row in every if row.name == name]
+        lines = [row for _, row in own]
+        rows.append(
+            StudyRow(
+                name,
+                len(own),
+                sum(best.log_joint - row.log_joint <= near for row in lines) / len(own),
+                sum(row.converged for row in lines) / len(own),
+                quartiles([best.log_joint - row.log_joint for row in lines]),
+                quartiles([row.iterations for row in lines]),
+                quartiles([row.passes for row in lines]),
+                quartiles([row.seconds for row in lines]),
+                quartiles([row.seconds / max(row.iterations, 1) for row in lines]),
+                quartiles([row.seconds / max(row.passes, 1) for row in lines]),
+                quartiles([parameter_difference(fit, reference) for fit, _ in own]),
+            )
+        )
+    return Study(rows, found, best.log_joint, near)
+
+
 def _cast(params: Params, dtype: torch.dtype) -> Params:
     return {name: value.to(dtype) for name, value in params.items()}
 
@@ -240,6 +214,7 @@ def _row(name: str, fit: Fit, best: Fit, value: tuple[float, float], highest: fl
         str(fit.status),
         fit.converged,
         parameter_difference(fit, best),
+        None if fit.approximation is None else fit.approximation.elbo,
     )
 
 
@@ -296,4 +271,12 @@ def _canonical(fit: Fit, params: Params) -> Params:
     return result
 
 
-__all__ = ["Comparison", "Row", "compare", "default_solvers", "match", "parameter_difference"]
+__all__ = [
+    "Comparison",
+    "Row",
+    "Study",
+    "compare",
+    "default_solvers",
+    "match",
+    "parameter_difference",
+]

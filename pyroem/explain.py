@@ -71,7 +71,9 @@ def describe(
     if message:
         lines.append(f"  {message}")
     lines.append(
-        f"Stopping rule: objective change <= {rule.tol:g} a row and parameter change <="
+        f"Stopping rule: {rule.words}; at most {rule.max_iter} iterations."
+        if rule.words
+        else f"Stopping rule: objective change <= {rule.tol:g} a row and parameter change <="
         f" {rule.param_tol:g}, {rule.patience} time(s) in a row; at most {rule.max_iter}"
         " iterations."
     )

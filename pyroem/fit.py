@@ -6,7 +6,7 @@ import contextlib
 import math
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ from pyroem.problem import Problem, pose
 from pyroem.reading import on_other_sequences, read
 from pyroem.sequences import Filtered, Forecast
 from pyroem.structure import Held, Params, Structure, known_part, whole_of
+from pyroem.symmetry import permute
+from pyroem.uncertainty import Uncertainty, rate_matrix, uncertainty
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +55,8 @@ class Fit:
         How the start was found.
     restarts
         The objective, status and iterations of every start.
+    approximation
+        Of SVI with a guide: the approximate posterior, with its ELBO and draws; else None.
     """
 
     params: Params
@@ -66,6 +70,7 @@ class Fit:
     start: str
     restarts: tuple[Restart, ...]
     problem: Problem
+    approximation: Any = None
 
     @property
     def log_joint(self) -> float:
@@ -444,6 +449,70 @@ class Fit:
             mean = sum(torch.where(w > 0, w * tensors[n], 0.0).sum() for n, w in found.items())
             known = entropy_of_known(structure, trace, found)
         return self.bic(rows) + 2 * float(value - mean - known)
+
+    def uncertainty(self, method: str = "observed") -> Uncertainty:
+        """Standard errors and intervals of the parameters, and the covariance of all of them.
+
+        ``method`` is ``"observed"`` (the exact Hessian of the log-joint), ``"louis"`` (the same by
+        Louis' formula), ``"outer"`` (the rows' scores) or ``"sandwich"``; see
+        :mod:`pyroem.uncertainty`. Elements at a bound, and what the data do not determine, have no
+        standard error (NaN); ``message`` says which and why.
+        """
+        return uncertainty(self.problem, self.params, method)
+
+    def rate_matrix(self) -> Tensor:
+        """EM's own derivative at the fit: what part of the distance to it an iteration leaves.
+
+        ``I_c^-1 I_m``, complete-data and missing information, in unconstrained coordinates.
+        """
+        return rate_matrix(self.problem, self.params)
+
+    @property
+    def rate(self) -> float:
+        """The largest eigenvalue of :meth:`rate_matrix`: EM's rate of convergence."""
+        found = torch.linalg.eigvals(self.rate_matrix()).real
+        return float(found.max()) if len(found) else 0.0
+
+    @property
+    def basins(self) -> tuple[tuple[float, int], ...]:
+        """The distinct optima that the restarts ended in: objective and number, the best first.
+
+        Ends whose objectives differ by less than 1e-5 a row count as one; a collapse, a saddle and
+        a run that did not settle are no optimum.
+        """
+        near = 1e-5 * self.problem.rows
+        ends = sorted(r.log_joint for r in self.restarts if r.status is Status.CONVERGED)[::-1]
+        found: list[list[float]] = []
+        for value in ends:
+            if found and found[-1][-1] - value <= near:
+                found[-1].append(value)
+            else:
+                found.append([value])
+        return tuple((own[0], len(own)) for own in found)
+
+    def ordered(self, by: str) -> Fit:
+        """The same fit with its states named in the order of a parameter: of its first elements.
+
+        Raises:
+        ------
+        SettingError
+            Where the parameter has no axis of states that can be renamed.
+        """
+        params = dict(self.params)
+        groups = [g for g in self.problem.groups if any(name == by for name, _ in g.axes)]
+        if not groups:
+            known = sorted({name for g in self.problem.groups for name, _ in g.axes})
+            raise SettingError(
+                f"ordered: expected one of {', '.join(known) or 'no parameter'}, which have an axis"
+                f" of states; got {by!r}."
+            )
+        for group in groups:
+            axis = next(axis for name, axis in group.axes if name == by)
+            key = self.params[by].movedim(axis, 0).reshape(self.params[by].shape[axis], -1)[:, 0]
+            order = torch.arange(group.num_states)
+            order[: group.movable] = key[: group.movable].argsort(stable=True)
+            params = permute(params, group, order)
+        return replace(self, params=params)
 
     def guide(self) -> Callable[..., dict[str, Tensor]]:
         """A Pyro guide at the fitted values, for ``pyro.infer.Predictive``.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from pyro.optim import PyroLRScheduler, PyroOptim, clipped_adam
+from pyro.optim import PyroLRScheduler, PyroOptim
 from torch import Tensor
 
 from pyroem.checkpoint import BusyError
@@ -66,8 +66,12 @@ class MAP(Solver):
     standardise: bool = True
     max_iter: int = 5000
 
-    name = "MAP"
     monotone = False
+
+    @property
+    def name(self) -> str:
+        """Its name in tables."""
+        return "MAP"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -171,42 +175,6 @@ class MAP(Solver):
                 f" {type(made).__name__}."
             )
         return _Torch(made)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SVI(MAP):
-    """Pyro's variational inference with a point-mass guide: ``ClippedAdam`` on the same objective.
-
-    What ``SVI(model, AutoDelta(...), ClippedAdam(...), TraceEnum_ELBO())`` does, step for step, on
-    the kernel's gradient where the program has a kernel.
-
-    Parameters
-    ----------
-    optimizer, lr, options
-        As for :class:`MAP`; by default Pyro's ``ClippedAdam`` with ``lr=0.05``.
-    decay
-        What the learning rate has fallen to after ``max_iter`` steps, as a share of ``lr``.
-    """
-
-    optimizer: Any = field(default=clipped_adam.ClippedAdam, kw_only=False)
-    decay: float = 0.1
-    standardise: bool = False
-    max_iter: int = 1000
-
-    name = "SVI"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.decay <= 1:
-            raise SettingError(f"SVI: decay must be a share of lr, above 0, got {self.decay!r}.")
-
-    def _make(self, leaves: list[Tensor]) -> _Torch | _Pyro:
-        if self.optimizer is not clipped_adam.ClippedAdam:
-            return super()._make(leaves)
-        options = {"lr": 0.05, "lrd": self.decay ** (1 / self.max_iter), **self.options}
-        if self.lr is not None:
-            options["lr"] = self.lr
-        return _Torch(clipped_adam.ClippedAdam(leaves, **options))
 
 
 def _released(problem: Problem, params: Params) -> Params:

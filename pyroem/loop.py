@@ -92,7 +92,8 @@ class State:
     """Where a solver stands: a point, its objective, and what the next step needs (``memory``).
 
     ``slope`` is the largest element of the gradient per row, of solvers that know it; ``note`` says
-    why the objective is not finite, where that is known.
+    why the objective is not finite, where that is known; ``done``, that it has settled by a rule of
+    the solver's own.
     """
 
     params: Params
@@ -101,6 +102,7 @@ class State:
     memory: Any = None
     slope: float = 0.0
     note: str = ""
+    done: bool = False
 
 
 class Stepper(Protocol):
@@ -133,6 +135,7 @@ class Rule:
     param_tol: float
     max_iter: int
     patience: int
+    words: str = ""  # of a rule of the solver's own
 
 
 @dataclass(frozen=True)
@@ -238,7 +241,7 @@ def iterate(
                     record.seconds,
                     geometric=solver.monotone,
                 )
-            if calm >= rule.patience:
+            if calm >= rule.patience or new.done:
                 status = Status.CONVERGED
                 break
             if not solver.monotone and iteration % LOOK == 0:

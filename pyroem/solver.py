@@ -128,7 +128,11 @@ class Solver:
         raise NotImplementedError
 
     out_of_iterations: ClassVar[str] = ""  # what to say where they ran out
-    exact: ClassVar[bool] = True  # whether State.log_joint is the objective at State.params
+
+    @property
+    def exact(self) -> bool:
+        """Whether ``State.log_joint`` is the objective at ``State.params``."""
+        return True
 
     @property
     def patience(self) -> int:
@@ -196,6 +200,10 @@ class Solver:
     def step(self, problem: Problem, state: State) -> State:
         """One iteration."""
         raise NotImplementedError
+
+    def approximation(self, problem: Problem, state: State) -> Any:
+        """An approximate posterior of the parameters, if the solver makes one."""
+        return None
 
     memories: ClassVar[tuple[type, ...]] = ()  # own dataclasses in State.memory, for checkpoints
 
@@ -483,4 +491,5 @@ def _finish(
         start.how,
         restarts,
         problem,
+        solver.approximation(problem, run.state),
     )

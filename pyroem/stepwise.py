@@ -75,7 +75,6 @@ class StepwiseEM(Solver):
     max_iter: int = 2
 
     monotone = False
-    exact = False
     out_of_iterations = "its passes are done; EM().fit(..., init=fit) goes on from here"
     patience = 1
     memories = (_Running,)
@@ -88,6 +87,11 @@ class StepwiseEM(Solver):
             raise SettingError(f"StepwiseEM: power must lie in (0.5, 1], got {self.power!r}.")
         if not self.delay > 0:
             raise SettingError(f"StepwiseEM: delay must be positive, got {self.delay!r}.")
+
+    @property
+    def exact(self) -> bool:
+        """The objective is that of the mini-batches as they were met."""
+        return False
 
     @property
     def name(self) -> str:

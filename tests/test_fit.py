@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -728,3 +729,22 @@ def test_the_same_program_serves_many_fits() -> None:
         EM(max_iter=5).fit(poisson_mixture, *problem.data, init="random", seed=7) for _ in range(2)
     )
     assert all(torch.equal(a.params[n], b.params[n]) for n in a.params)
+
+
+def test_basins_and_the_order_of_states() -> None:
+    problem = BY_NAME["gaussian_mixture"]
+    fit = EM().fit(problem.model, *problem.data, init="random", restarts=6)
+    ended = [r.log_joint for r in fit.restarts if r.status is Status.CONVERGED]
+    assert sum(count for _, count in fit.basins) == len(ended)
+    assert fit.basins[0][0] == max(ended)
+    values = [value for value, _ in fit.basins]
+    assert values == sorted(values, reverse=True)
+    assert all(a - b > 1e-5 * fit.problem.rows for a, b in pairwise(values))
+    found = fit.ordered("loc")
+    assert bool((found.params["loc"].diff() >= 0).all())
+    assert sum(found.problem.parts(found.params)) == pytest.approx(fit.log_joint, rel=1e-12)
+    assert torch.equal(found.ordered("loc").params["loc"], found.params["loc"])
+    moved = found.responsibilities().sum(0).argsort()
+    assert torch.equal(moved, found.params["weights"].argsort())
+    with pytest.raises(SettingError, match="ordered: expected one of loc, "):
+        fit.ordered("nothing")

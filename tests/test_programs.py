@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyro
@@ -550,7 +550,7 @@ def test_settings_of_solvers() -> None:
     with pytest.raises(SettingError, match="bogus"):
         MAP("lbfgs", options={"bogus": 1}).fit(pair, PAIR)
     with pytest.raises(SettingError, match="dict of names"):
-        pyroem.compare(pair, PAIR, solvers=[EM()])  # type: ignore[arg-type]  # wrong on purpose
+        pyroem.compare(pair, PAIR, solvers=cast(Any, [EM()]))
     fit = EM(max_iter=2).fit(pair, PAIR)
     with pytest.raises(SettingError, match="Posterior"):
         pyroem.expected_log_joint(pair, fit.params, fit.responsibilities(), PAIR)

@@ -258,6 +258,13 @@ class _Substitute(Messenger):
             msg["value"] = msg["value"].to(self.dtype)
 
 
+class _Trained(_Substitute):
+    """As it stands, but for parameters, which are in Pyro's parameter store."""
+
+    def _pyro_param(self, msg: Any) -> None:
+        pass
+
+
 def _one_row(value: Tensor, site: Site) -> Tensor:
     """An assignment as its enumeration shapes it: of size one along plates with many rows.
 
@@ -330,6 +337,20 @@ class Program:
         for name, value in self.fill.items() if observed else ():
             trace.nodes[name]["value"] = value
         return trace, cast[0]
+
+    def trainable(self) -> Callable[..., None]:
+        """The program for Pyro's own inference: assignments marked for enumeration, data cast."""
+
+        def model(*args: Any, **kwargs: Any) -> None:
+            own = _Trained({}, self.dtype, True, self.fill, self.missing)
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(reading(None))
+                stack.enter_context(own)
+                if self.cast:
+                    stack.enter_context(_Cast(self.dtype, {}))
+                self.model(*args, **kwargs)
+
+        return model
 
     def _execute(
         self, values: Values, nesting: int | None, observed: bool, reader: Reader | None

@@ -263,7 +263,7 @@ def chain_weights(
         weights.update(_handed_back(joined, tensors, smoothed))
     for name, factor in run.factors.items():
         if name not in weights:
-            weights[name], part = _alone(run, structure, name, tensors[name], row_weights)
+            weights[name], part = alone(run, structure, name, tensors[name], row_weights)
             value = value + part
         weights[name] = (weights[name] * run.scale).to(factor.tensor.dtype)
     return value * run.scale, weights
@@ -307,7 +307,7 @@ def weights_given(
         weights.update(_handed_back(joined, zeros, smoothed))
     for name, factor in run.factors.items():
         if name not in weights:
-            weights[name], _ = _alone(run, structure, name, zeros[name], row_weights)
+            weights[name], _ = alone(run, structure, name, zeros[name], row_weights)
         weights[name] = (weights[name] * run.scale).to(factor.tensor.dtype)
     return weights
 
@@ -339,7 +339,7 @@ def sequence_weights(
     return own.expand(shape).reshape(count)
 
 
-def _alone(
+def alone(
     run: Enumerated,
     structure: Structure,
     name: str,

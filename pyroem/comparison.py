@@ -1,0 +1,264 @@
+"""The tables of a comparison: of several solvers from one start, and from many."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from pyroem.errors import SettingError
+from pyroem.fit import Fit
+
+
+@dataclass(frozen=True)
+class Row:
+    """One solver's line in the table.
+
+    ``gap`` is the best fit's objective less this one; ``parameter_difference`` the largest
+    difference of any parameter's element to the best fit, states matched, as a fraction of that
+    parameter's largest element. ``elbo`` is the evidence lower bound of a variational fit.
+    """
+
+    name: str
+    log_joint: float
+    log_likelihood: float
+    gap: float
+    iterations: int
+    passes: int
+    seconds: float
+    status: str
+    converged: bool
+    parameter_difference: float
+    elbo: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """The fits of several solvers from one start, and their table.
+
+    Attributes:
+    ----------
+    rows
+        One :class:`Row` a solver.
+    fits
+        Every solver's :class:`~pyroem.fit.Fit`, by name.
+    best
+        The name of the fit with the highest objective; a collapsed one only if all are.
+    missing
+        The solvers that an interrupt kept from running.
+    """
+
+    rows: list[Row]
+    fits: dict[str, Fit]
+    best: str
+    missing: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings: the rows, and every solver's history."""
+        return {
+            "best": self.best,
+            "rows": [asdict(row) for row in self.rows],
+            "history": {
+                name: [record._asdict() for record in fit.history]
+                for name, fit in self.fits.items()
+            },
+        }
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draw the gap to the best objective against iterations and seconds (two axes)."""
+        from pyroem.plot import comparison
+
+        return comparison(self, ax)
+
+    def to_json(self, **kwargs: Any) -> str:
+        """:meth:`to_dict` as JSON; numbers that are not finite become null."""
+        return as_json(self.to_dict(), **kwargs)
+
+    def to_pandas(self) -> Any:
+        """The rows as a data frame. Needs pandas."""
+        return as_frame([asdict(row) for row in self.rows])
+
+    def _cells(self) -> list[list[str]]:
+        elbo = any(row.elbo is not None for row in self.rows)
+        head = ["solver", "log_joint", "log_likelihood", "gap", "iterations", "passes", "seconds"]
+        table = [[*head, "status", "rel param diff", *(["elbo"] if elbo else [])]]
+        for r in self.rows:
+            table.append(
+                [
+                    r.name,
+                    f"{r.log_joint:.6f}",
+                    f"{r.log_likelihood:.6f}",
+                    f"{r.gap:.1e}",
+                    str(r.iterations),
+                    str(r.passes),
+                    f"{r.seconds:.3f}",
+                    r.status,
+                    f"{r.parameter_difference:.1e}",
+                ]
+            )
+            if elbo:
+                table[-1].append("" if r.elbo is None else f"{r.elbo:.3f}")
+        return table
+
+    def __str__(self) -> str:
+        note = f"interrupted; not run: {', '.join(self.missing)}" if self.missing else ""
+        return in_columns(self._cells(), {0, 7}, note)
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        return in_html(self._cells())
+
+
+@dataclass(frozen=True)
+class StudyRow:
+    """One solver's line over all seeds: medians with their quartiles.
+
+    ``best`` is the share of the runs that reached the best objective of all, ``converged`` that of
+    those that ended well; ``gap``, ``iterations``, ``passes``, ``seconds`` and
+    ``parameter_difference`` are ``(lower quartile, median, upper quartile)``; so are
+    ``seconds_per_iteration`` and ``seconds_per_pass``.
+    """
+
+    name: str
+    runs: int
+    best: float
+    converged: float
+    gap: tuple[float, float, float]
+    iterations: tuple[float, float, float]
+    passes: tuple[float, float, float]
+    seconds: tuple[float, float, float]
+    seconds_per_iteration: tuple[float, float, float]
+    seconds_per_pass: tuple[float, float, float]
+    parameter_difference: tuple[float, float, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """Comparisons of several solvers from many starts.
+
+    Attributes:
+    ----------
+    rows
+        One :class:`StudyRow` a solver.
+    comparisons
+        By seed.
+    best
+        The highest objective of a healthy fit, over all seeds and solvers.
+    near
+        How close to it (in nats) counts as reaching it.
+    """
+
+    rows: list[StudyRow]
+    comparisons: dict[int, Comparison]
+    best: float
+    near: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings: the rows, and every seed's comparison."""
+        return {
+            "best": self.best,
+            "near": self.near,
+            "rows": [asdict(row) for row in self.rows],
+            "seeds": {seed: found.to_dict() for seed, found in self.comparisons.items()},
+        }
+
+    def to_json(self, **kwargs: Any) -> str:
+        """:meth:`to_dict` as JSON; numbers that are not finite become null."""
+        return as_json(self.to_dict(), **kwargs)
+
+    def to_pandas(self) -> Any:
+        """One line for each seed and solver, as a data frame. Needs pandas."""
+        return as_frame(
+            [
+                {"seed": seed, **asdict(row), "gap_to_best": self.best - row.log_joint}
+                for seed, found in self.comparisons.items()
+                for row in found.rows
+            ]
+        )
+
+    def _cells(self) -> list[list[str]]:
+        table = [
+            ["solver", "best", "converged", "gap", "iterations", "passes", "seconds", "param diff"]
+        ]
+        for r in self.rows:
+            spreads = (r.gap, r.iterations, r.passes, r.seconds, r.parameter_difference)
+            forms = ("{:.1e}", "{:.0f}", "{:.0f}", "{:.3f}", "{:.1e}")
+            cells = [
+                f"{f.format(x[1])} [{f.format(x[0])}, {f.format(x[2])}]"
+                for f, x in zip(forms, spreads, strict=True)
+            ]
+            table.append([r.name, f"{r.best:.0%}", f"{r.converged:.0%}", *cells])
+        return table
+
+    def __str__(self) -> str:
+        count = len(self.comparisons)
+        note = (
+            f"{count} starts; median [quartiles]; best: within {self.near:g} nats of"
+            f" {self.best:.6f}, the highest objective of all"
+        )
+        return in_columns(self._cells(), {0}, note)
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        return in_html(self._cells())
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Lower quartile, median, upper quartile; infinite values count."""
+    low, middle, high = np.quantile(np.asarray(values, dtype=float), [0.25, 0.5, 0.75])
+    return float(low), float(middle), float(high)
+
+
+def as_json(found: Any, **kwargs: Any) -> str:
+    """JSON, with null for numbers that are not finite."""
+
+    def plain(x: Any) -> Any:
+        if isinstance(x, dict):
+            return {str(k): plain(v) for k, v in x.items()}
+        if isinstance(x, list | tuple):
+            return [plain(v) for v in x]
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+
+    return json.dumps(plain(found), **kwargs)
+
+
+def as_frame(rows: list[dict[str, Any]]) -> Any:
+    """A pandas data frame."""
+    try:
+        import pandas
+    except ImportError as error:
+        raise SettingError("to_pandas: pandas is not installed (pip install pandas).") from error
+    return pandas.DataFrame(rows)
+
+
+def in_columns(table: list[list[str]], left: set[int], note: str = "") -> str:
+    """A table as text; the columns in ``left`` are flush left."""
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    lines = [
+        "  ".join(
+            c.ljust(w) if i in left else c.rjust(w)
+            for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in table
+    ]
+    rule = "-" * max(map(len, lines))
+    return "\n".join([lines[0], rule, *lines[1:], *([note] if note else [])])
+
+
+def in_html(table: list[list[str]]) -> str:
+    """A table as HTML."""
+    head, *body = table
+    cell = "".join(f"<th>{html.escape(c)}</th>" for c in head)
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in body
+    )
+    return f"<table><thead><tr>{cell}</tr></thead><tbody>{rows}</tbody></table>"
