@@ -177,16 +177,21 @@ class Approximation:
     elbo, elbo_error
         The evidence lower bound, ``E_q[log p(data, params) - log q(params)]``, as the mean of 100
         draws, and its standard error.
+    note
+        Why there is none (NaN), where that is so.
     """
 
     elbo: float
     elbo_error: float
     _draw: Callable[[int], list[Params]]
+    note: str = ""
 
     def draw(self, n: int = 1000, seed: int = 0) -> Params:
         """``n`` draws of the parameters (first dim)."""
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:
             raise SettingError(f"draw: n must be a positive integer, got {n!r}.")
+        if self.note:
+            raise ModelError(f"draw: {self.note}")
         with isolated(torch.get_default_dtype(), seed):
             drawn = self._draw(n)
         return {name: torch.stack([d[name] for d in drawn]) for name in drawn[0]}
@@ -340,7 +345,14 @@ class _Guided:
         with self._own():
             guide = self.guide
             if isinstance(guide, AutoLaplaceApproximation):
-                guide = self._laplace()
+                try:
+                    guide = self._laplace()
+                except torch.linalg.LinAlgError:
+                    note = (
+                        "the curvature is not positive definite where the fit ended, so that there"
+                        " is no Laplace approximation; raise max_iter."
+                    )
+                    return Approximation(math.nan, math.nan, lambda n: [], note)
             svi = infer.SVI(self.model, guide, self.svi.optim, self._elbo(1))
             values = [-float(svi.evaluate_loss(*args, **kwargs)) for _ in range(FINAL)]
         found = torch.tensor(values, dtype=torch.float64)

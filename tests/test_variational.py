@@ -236,3 +236,20 @@ def test_the_bound_has_a_column_of_its_own() -> None:
     assert table.rows[1].elbo == table.fits["normal"].approximation.elbo
     assert str(table).splitlines()[0].endswith("elbo")
     assert "elbo" not in str(compare(model, x, solvers={"EM": EM()}))
+
+
+def test_no_curvature_no_laplace() -> None:
+    """Far from the mode there is no normal distribution to give; the fit is there none the less."""
+
+    def model(x: Tensor) -> None:
+        loc = pyro.sample("loc", dist.Cauchy(0.0, 1.0))
+        with pyro.plate("rows", 1):
+            pyro.sample("x", dist.Cauchy(loc, 1.0), obs=x)
+
+    start = {"loc": torch.tensor(3.0)}
+    fit = SVI(guide="laplace", max_iter=1).fit(model, torch.tensor([200.0]).double(), init=start)
+    assert fit.status is Status.MAX_ITER
+    assert fit.approximation is not None
+    assert math.isnan(fit.approximation.elbo)
+    with pytest.raises(ModelError, match="no Laplace approximation; raise max_iter"):
+        fit.approximation.draw(3)
