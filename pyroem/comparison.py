@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 
 from pyroem.errors import SettingError
 from pyroem.fit import Fit
+from pyroem.text import aligned, plain
 
 
 @dataclass(frozen=True)
@@ -220,14 +220,6 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 def as_json(found: Any, **kwargs: Any) -> str:
     """JSON, with null for numbers that are not finite."""
-
-    def plain(x: Any) -> Any:
-        if isinstance(x, dict):
-            return {str(k): plain(v) for k, v in x.items()}
-        if isinstance(x, list | tuple):
-            return [plain(v) for v in x]
-        return None if isinstance(x, float) and not math.isfinite(x) else x
-
     return json.dumps(plain(found), **kwargs)
 
 
@@ -241,17 +233,10 @@ def as_frame(rows: list[dict[str, Any]]) -> Any:
 
 
 def in_columns(table: list[list[str]], left: set[int], note: str = "") -> str:
-    """A table as text; the columns in ``left`` are flush left."""
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    lines = [
-        "  ".join(
-            c.ljust(w) if i in left else c.rjust(w)
-            for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in table
-    ]
-    rule = "-" * max(map(len, lines))
-    return "\n".join([lines[0], rule, *lines[1:], *([note] if note else [])])
+    """A table as text, its head ruled off; the columns in ``left`` are flush left."""
+    head, *lines = aligned(table, left)
+    rule = "-" * max(map(len, [head, *lines]))
+    return "\n".join([head, rule, *lines, *([note] if note else [])])
 
 
 def in_html(table: list[list[str]]) -> str:

@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 import torch
@@ -96,22 +97,15 @@ class Coordinates:
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
-        """A name for each element: ``loc[0, 1]``."""
-        return tuple(
-            name + _at(index)
-            for name in self.names
-            for index in torch.cartesian_prod(*_ranges(self.values[name])).reshape(
-                self.values[name].numel(), -1
-            )
-        )
-
-
-def _ranges(value: Tensor) -> list[Tensor]:
-    return [torch.arange(n) for n in value.shape] or [torch.zeros(1, dtype=torch.int64)]
-
-
-def _at(index: Tensor) -> str:
-    return f"[{', '.join(str(int(i)) for i in index)}]"
+        """A name for each element: ``loc[0, 1]``; that of a single number is the parameter's."""
+        found: list[str] = []
+        for name in self.names:
+            shape = self.values[name].shape
+            found += [
+                name + (f"[{', '.join(map(str, index))}]" if shape else "")
+                for index in product(*map(range, shape))
+            ]
+        return tuple(found)
 
 
 def coordinates(problem: Problem, params: Params) -> Coordinates:
@@ -123,14 +117,21 @@ def check_in_memory(problem: Problem, what: str) -> None:
     """Raise where the data is not all here."""
     if problem.everywhere is not None:
         raise ModelError(f"{what}: the rows are spread over processes, which is not supported.")
-    if problem.smaller is not None and problem.structure is problem.sample.structure:
+    if problem.streamed:
         raise ModelError(f"{what}: data in blocks is not supported; give the rows in memory.")
 
 
-def run(problem: Problem, params: Params) -> Enumerated:
+def run(structure: Structure, params: Params) -> Enumerated:
     """The enumerated trace of the whole program."""
-    with isolated(problem.structure.program.dtype, 0):
-        return problem.structure.enumerate(params)
+    with isolated(structure.program.dtype, 0):
+        return structure.enumerate(params)
+
+
+def log_joint(structure: Structure, params: Params, weights: Tensor | None) -> Tensor:
+    """``log p(data | params) + log p(params)`` under row weights."""
+    found = run(structure, params)
+    total = log_likelihood(structure, found, found.tensors(), weights)
+    return total + structure.log_prior(found)
 
 
 def log_likelihood(

@@ -40,8 +40,7 @@ def around(
         For values that are no states or probabilities of the rows.
     """
     engine = problem.engine
-    whole = isinstance(getattr(engine, "chunks", []), list)
-    if not whole or (problem.smaller is not None and not isinstance(engine, MixtureEngine)):
+    if problem.streamed or (problem.smaller is not None and not isinstance(engine, MixtureEngine)):
         raise SettingError(
             "init: assignments can be given for rows in memory only, in one process; give values"
             " of parameters instead."

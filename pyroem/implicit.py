@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyroem._pyro import as_data, isolated
-from pyroem.derivatives import check_in_memory, coordinates, log_likelihood
+from pyroem._pyro import as_data
+from pyroem.derivatives import check_in_memory, coordinates, log_joint
 from pyroem.errors import ModelError, SettingError
 from pyroem.fit import Fit
 from pyroem.structure import Params
@@ -69,10 +69,8 @@ def implicit(fit: Fit, *args: Any, weights: Tensor | None = None, **kwargs: Any)
         )
     at = coordinates(problem, fit.params)
     u = at.vector.clone().requires_grad_()
-    with torch.enable_grad(), isolated(dtype, 0):
-        found = structure.enumerate(at.params(u))
-        total = log_likelihood(structure, found, found.tensors(), own)
-        total = total + structure.log_prior(found)
+    with torch.enable_grad():
+        total = log_joint(structure, at.params(u), own)
         (slope,) = torch.autograd.grad(total, u, create_graph=True)
         information = -rows_of_derivatives(slope, u)
         basis, _ = directions(at)

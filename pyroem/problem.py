@@ -98,6 +98,11 @@ class Problem:
         return degrees_of_freedom(self.plan)
 
     @property
+    def streamed(self) -> bool:
+        """Whether the data is read in blocks: ``structure`` is then that of some rows."""
+        return not isinstance(getattr(self.engine, "chunks", []), list)
+
+    @property
     def kernel(self) -> MixtureEngine | None:
         """The kernel on the rows of this process, if the program has one."""
         engine = self.engine.own if isinstance(self.engine, DistributedEngine) else self.engine

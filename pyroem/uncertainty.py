@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -25,13 +26,21 @@ from pyro.distributions import constraints
 from scipy.special import ndtri
 from torch import Tensor
 
-from pyroem.derivatives import Coordinates, by_rows, check_in_memory, coordinates, log_likelihood
+from pyroem.derivatives import (
+    Coordinates,
+    by_rows,
+    check_in_memory,
+    coordinates,
+    log_joint,
+    log_likelihood,
+)
 from pyroem.derivatives import run as trace_of
 from pyroem.errors import ModelError, SettingError
 from pyroem.mstep.intervals import interval_of
 from pyroem.mstep.update import expected_sum
 from pyroem.problem import Problem
 from pyroem.structure import Params
+from pyroem.text import aligned
 
 METHODS = ("observed", "louis", "outer", "sandwich")
 FLAT = 1e-9  # relative: singular values of what does not move a parameter
@@ -105,29 +114,24 @@ class Uncertainty:
     def to_dict(self, level: float = 0.95) -> dict[str, Any]:
         """Plain numbers: for each element its estimate, standard error and interval."""
         intervals = self.intervals(level)
-        rows = {}
-        for label in self.labels:
-            name, _, index = label.partition("[")
-            at = tuple(int(i) for i in index.rstrip("]").split(",")) if index else ()
-            parts = (self.estimates[name], self.standard_errors[name], *intervals[name])
-            keys = ("estimate", "standard_error", "low", "high")
-            rows[label] = {k: float(p[at]) for k, p in zip(keys, parts, strict=True)}
+        keys = ("estimate", "standard_error", "low", "high")
+        numbers = [
+            zip(*(part.reshape(-1).tolist() for part in parts), strict=True)
+            for n in self.estimates
+            for parts in ((self.estimates[n], self.standard_errors[n], *intervals[n]),)
+        ]
+        rows = {
+            label: dict(zip(keys, own, strict=True))
+            for label, own in zip(self.labels, chain(*numbers), strict=True)
+        }
         return {"method": self.method, "level": level, "message": self.message, "elements": rows}
 
     def __str__(self) -> str:
         found = self.to_dict()["elements"]
         table = [["", "estimate", "std. error", "95% low", "95% high"]]
         table += [[label, *(f"{v:.6g}" for v in row.values())] for label, row in found.items()]
-        widths = [max(len(row[i]) for row in table) for i in range(5)]
-        lines = [
-            "  ".join(
-                c.ljust(w) if i == 0 else c.rjust(w)
-                for i, (c, w) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in table
-        ]
         head = f"Standard errors by the {_TITLES[self.method]}"
-        return "\n".join([head, *lines, *([self.message] if self.message else [])])
+        return "\n".join([head, *aligned(table), *([self.message] if self.message else [])])
 
     def __repr__(self) -> str:
         return f"<Uncertainty by {self.method} of {len(self.labels)} elements>"
@@ -168,15 +172,14 @@ def uncertainty(problem: Problem, params: Params, method: str = "observed") -> U
         raise SettingError(f"method: expected one of {', '.join(METHODS)}; got {method!r}.")
     check_in_memory(problem, "uncertainty")
     at = coordinates(problem, params)
-    slope, hessian = objective(problem, at)
-    observed = -hessian
+    u, slope = _differentiable(problem, at)
     if method == "louis":
-        found = curvature(problem, at)
-        information = found.complete - found.missing
+        information = curvature(problem, at).observed
     elif method == "outer":
         information = _outer(problem, at) - _prior_hessian(problem, at)
     else:
-        information = observed
+        information = -rows_of_derivatives(slope, u)
+    slope = slope.detach()
     basis, bounds = directions(at)
     meat = basis.T @ _outer(problem, at) @ basis if method == "sandwich" else None
     return _finish(problem, at, method, basis, bounds, slope, information, meat)
@@ -298,14 +301,16 @@ def at_bound(at: Coordinates, name: str) -> Tensor:
 
 def objective(problem: Problem, at: Coordinates) -> tuple[Tensor, Tensor]:
     """Gradient and Hessian of the log-joint in unconstrained coordinates."""
-    structure = problem.structure
+    u, slope = _differentiable(problem, at)
+    return slope.detach(), rows_of_derivatives(slope, u)
+
+
+def _differentiable(problem: Problem, at: Coordinates) -> tuple[Tensor, Tensor]:
+    """The coordinates, and the gradient of the log-joint there as a function of them."""
     u = at.vector.clone().requires_grad_()
     with torch.enable_grad():
-        found = trace_of(problem, at.params(u))
-        total = log_likelihood(structure, found, found.tensors(), problem.row_weights)
-        total = total + structure.log_prior(found)
-        slope = _slope(total, u)
-    return slope.detach(), rows_of_derivatives(slope, u)
+        slope = _slope(log_joint(problem.structure, at.params(u), problem.row_weights), u)
+    return u, slope
 
 
 def curvature(problem: Problem, at: Coordinates) -> Curvature:
@@ -317,12 +322,12 @@ def curvature(problem: Problem, at: Coordinates) -> Curvature:
     structure = problem.structure
     u, v = (at.vector.clone().requires_grad_() for _ in range(2))
     with torch.enable_grad():
-        before = trace_of(problem, at.params(v))
+        before = trace_of(structure, at.params(v))
         tensors = before.tensors()
         value = log_likelihood(structure, before, tensors, problem.row_weights)
         moving = {name: t for name, t in tensors.items() if t.requires_grad}
         weights = torch.autograd.grad(value, list(moving.values()), create_graph=True)
-        after = trace_of(problem, at.params(u))
+        after = trace_of(structure, at.params(u))
         q = structure.log_prior(after)
         for name, weight in zip(moving, weights, strict=True):
             q = q + expected_sum(weight, after.factors[name].tensor)
@@ -353,7 +358,7 @@ def scores(problem: Problem, at: Coordinates) -> Tensor:
     """The gradient of every row's log-likelihood: rows by coordinates."""
     u = at.vector.clone().requires_grad_()
     with torch.enable_grad():
-        rows = by_rows(problem, trace_of(problem, at.params(u)))
+        rows = by_rows(problem, trace_of(problem.structure, at.params(u)))
         if rows is None:
             raise ModelError(
                 "The rows are not independent given the parameters, so they have no scores of their"
@@ -374,7 +379,7 @@ def _outer(problem: Problem, at: Coordinates) -> Tensor:
 def _prior_hessian(problem: Problem, at: Coordinates) -> Tensor:
     u = at.vector.clone().requires_grad_()
     with torch.enable_grad():
-        slope = _slope(problem.structure.log_prior(trace_of(problem, at.params(u))), u)
+        slope = _slope(problem.structure.log_prior(trace_of(problem.structure, at.params(u))), u)
     return rows_of_derivatives(slope, u)
 
 

@@ -49,9 +49,8 @@ def judge(problem: Problem, solver: Judged, start: Start, outcome: Outcome) -> O
     if outcome.status is Status.INTERRUPTED:
         return replace(outcome, message="; ".join(problems))
     if problems:
-        own = [] if not outcome.message else [outcome.message]
-        own = [text for text in own if not any(problem in text for problem in problems)]
-        message = "; ".join([*problems, *own])
+        new = [problem for problem in problems if problem not in outcome.message]
+        message = "; ".join([*new, *([outcome.message] if outcome.message else [])])
         return replace(outcome, status=Status.DEGENERATE, message=message)
     if failed:
         return outcome

@@ -15,7 +15,7 @@ PACKAGE = Path(pyroem.__file__).parent
 # From bottom to top; a layer is a set of modules or packages that may use those below it only
 # (a package's own modules may use one another).
 LAYERS: list[set[str]] = [
-    {"constraints", "errors", "interrupt", "progress", "threads"},
+    {"constraints", "errors", "interrupt", "progress", "text", "threads"},
     {"models"},
     {"semiring"},
     {"_pyro"},

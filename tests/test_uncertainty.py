@@ -15,7 +15,7 @@ from scipy.optimize import approx_fprime
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyroem import EM, MAP, ModelError, SettingError, datasets, implicit
+from pyroem import EM, MAP, ModelError, SettingError, blocks, datasets, implicit, mcmc
 from pyroem.derivatives import by_rows, coordinates, log_likelihood
 from pyroem.derivatives import run as trace_of
 from pyroem.models import gaussian_mixture, hidden_markov, latent_class, poisson_mixture
@@ -51,7 +51,7 @@ def test_the_objective_is_that_of_the_engine(problem: Problem) -> None:
     And Louis' formula is the Hessian.
     """
     posed, at = at_its_point(problem)
-    found = trace_of(posed, at.values)
+    found = trace_of(posed.structure, at.values)
     value = log_likelihood(posed.structure, found, found.tensors())
     wanted = posed.log_joint(at.values)
     assert float(value) == pytest.approx(float(wanted[0]), rel=1e-10, abs=1e-8)
@@ -75,7 +75,7 @@ def test_the_objective_is_that_of_the_engine(problem: Problem) -> None:
 @each
 def test_scores_of_rows_sum_to_the_gradient(problem: Problem) -> None:
     posed, at = at_its_point(problem)
-    if by_rows(posed, trace_of(posed, at.values)) is None:
+    if by_rows(posed, trace_of(posed.structure, at.values)) is None:
         with pytest.raises(ModelError, match="rows are not independent"):
             scores(posed, at)
         return
@@ -123,6 +123,10 @@ def test_one_normal_by_formula() -> None:
         scale / math.sqrt(2 * n), rel=1e-6
     )
     assert not found.message
+    table = found.to_dict()["elements"]
+    assert list(table) == ["loc", "scale"]
+    assert table["loc"]["standard_error"] == float(found.standard_errors["loc"])
+    assert f"{float(fit.params['loc']):.6g}" in str(found)
     low, high = found.intervals()["loc"]
     half = 1.959963984540054 * scale / math.sqrt(n)
     assert float(high - low) == pytest.approx(2 * half, rel=1e-6)
@@ -334,6 +338,16 @@ def test_map_fits_have_them_too() -> None:
     )
     one, two = a.uncertainty().standard_errors, b.uncertainty().standard_errors
     assert torch.allclose(one["loc"], two["loc"][order], rtol=1e-3)
+
+
+def test_data_in_blocks_is_refused() -> None:
+    """The program was read on some of the rows: their standard errors are not those of all."""
+    x = faithful().repeat(40, 1)
+    halves = [x[:5000], x[5000:]]
+    fit = EM().fit(gaussian_mixture(2), blocks(lambda: iter(halves)))
+    for ask in (fit.uncertainty, fit.rate_matrix, lambda: implicit(fit), lambda: mcmc(fit)):
+        with pytest.raises(ModelError, match="data in blocks is not supported"):
+            ask()
 
 
 def test_refused() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,11 +10,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from torch import Tensor
-
 from pyroem.cli.failures import UsageError
 from pyroem.cli.tables import Table
+from pyroem.text import aligned, plain
 
 WIDE = 8  # components from which on a table has one row for each
 
@@ -67,11 +64,7 @@ def print_table_heading(table: Table) -> None:
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table whose first column is text and whose others are aligned to the right."""
     if find_spec("rich") is None or not sys.stdout.isatty():
-        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-        for row in (header, *rows):
-            cells = [row[0].ljust(widths[0])]
-            cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-            print("  ".join(cells).rstrip())
+        print("\n".join(aligned([header, *rows])))
         return
     from rich import box
     from rich.console import Console
@@ -94,19 +87,6 @@ def print_components(rows: Sequence[tuple[str, Sequence[str]]]) -> None:
     if count > WIDE:
         header, *cells = map(list, zip(header, *cells, strict=True))
     print_table(header, cells)
-
-
-def plain(value: Any) -> Any:
-    """For JSON: tensors and arrays become lists, numbers that are not finite become null."""
-    if isinstance(value, Tensor | np.ndarray | np.generic):
-        return plain(value.tolist())
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
 def as_json(value: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -17,7 +16,7 @@ from pyroem.errors import ModelError
 from pyroem.estep.engine import MixtureEngine
 from pyroem.estimators.base import as_tensor
 from pyroem.estimators.labels import UNKNOWN
-from pyroem.estimators.mixture import Mixture, draw_rows
+from pyroem.estimators.mixture import Mixture, draw_rows, without_names
 from pyroem.fit import Fit
 from pyroem.mstep.runs import Expected
 from pyroem.mstep.update import QUICK
@@ -107,8 +106,7 @@ class Increments(Mixture):
         else:
             rng = np.random.RandomState(0)
             rows, _ = draw_rows(rng, self.weights_, DRAWN, lambda k, n: self._draw(rng, k, n))
-            with warnings.catch_warnings():  # these rows have no names of columns
-                warnings.filterwarnings("ignore", message="X does not have valid feature names")
+            with without_names():
                 args, weights = (as_tensor(self._read(rows)),), None
         if len(args) == 1:
             args = (*args, torch.full((len(args[0]),), UNKNOWN))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -190,8 +192,7 @@ class Mixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, F
         """A fit at the fitted parameters, to some rows without missing values."""
         rng = np.random.RandomState(0)
         rows, _ = draw_rows(rng, self.weights_, 20, lambda k, n: self._draw(rng, k, n))
-        with warnings.catch_warnings():  # these rows have no names of columns
-            warnings.filterwarnings("ignore", message="X does not have valid feature names")
+        with without_names():
             return self.result_on(rows)
 
     def _n_parameters(self) -> int:
@@ -227,6 +228,14 @@ class Mixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, F
         tags = super().__sklearn_tags__()
         tags.input_tags.allow_nan = True
         return tags
+
+
+@contextmanager
+def without_names() -> Iterator[None]:
+    """For rows that were drawn, and so have no names of columns: no warning of that."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="X does not have valid feature names")
+        yield
 
 
 def log_sum(joint: NDArray) -> NDArray:

@@ -11,6 +11,7 @@ from typing import Any
 from pyroem.errors import ModelError
 from pyroem.fit import Fit
 from pyroem.loop import Status
+from pyroem.text import aligned
 
 CRITERIA = ("bic", "aic", "icl", "caic", "sabic", "cv")
 WIDTH = 96  # characters of a printed table; more settings continue below
@@ -243,15 +244,7 @@ class Selection:
                     str(row.status) + ("" if row.counts else " (not counted)"),
                 ]
             )
-        widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-        left = {0, len(widths) - 1, *range(2, 2 + len(names))}
-        return [
-            "  ".join(
-                c.ljust(w) if i in left else c.rjust(w)
-                for i, (c, w) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in table
-        ]
+        return aligned(table, {0, len(table[0]) - 1, *range(2, 2 + len(names))})
 
     def _remarks(self) -> list[str]:
         lines = []
