@@ -17,7 +17,7 @@ import torch
 from problems import PROBLEMS
 from pyro import poutine
 from torch import Tensor
-from torch.distributions import constraints
+from torch.distributions import AffineTransform, ExpTransform, constraints
 
 import pyroem
 from pyroem import EM, MAP, SVI, DataError, Fit, ModelError, SettingError, datasets
@@ -1212,3 +1212,22 @@ def test_unrolled_programs_with_many_joint_states() -> None:
     assert "unrolled" in fit.explain()
     value = float(pyroem.log_joint(stepwise, fit.params, x))
     assert fit.log_likelihood == pytest.approx(value, rel=1e-10)
+
+
+def test_forecast_through_transforms_that_differ_by_state() -> None:
+    stretch, x = torch.tensor([0.5, 2.0], **DOUBLE), torch.rand(30, generator=seeded(), **DOUBLE)
+
+    def model(x: Tensor) -> None:
+        matrix = pyro.param("matrix", torch.eye(2) * 0.6 + 0.2, constraint=constraints.simplex)
+        z = 0
+        for t in pyroem.markov(len(x)):
+            z = pyro.sample(f"z_{t}", dist.Categorical(matrix[z]))
+            through = [AffineTransform(1.0, stretch[z]), ExpTransform()]
+            base = dist.Normal(torch.zeros(()), torch.ones(()))
+            pyro.sample(f"x_{t}", dist.TransformedDistribution(base, through), obs=x[t])
+
+    ahead = EM(max_iter=1).fit(model, x + 0.1).forecast(2)
+    value = torch.tensor([0.3, 4.0], **DOUBLE)
+    parts = torch.distributions.LogNormal(torch.ones(2, **DOUBLE), stretch)
+    wanted = (ahead.states["z"] * parts.log_prob(value[:, None]).exp()).sum(-1).log()
+    torch.testing.assert_close(ahead.observations["x"].log_prob(value), wanted)

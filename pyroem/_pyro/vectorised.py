@@ -270,20 +270,41 @@ def _apart_transformed(fn: Any, outer: int, name: str) -> _Apart:
     """A base distribution and transforms, whose tensors have the dims of the values."""
     inner = _apart(fn.base_dist, outer, name)
     right = outer + len(fn.event_shape)
+    steps = [step for transform in fn.transforms for step in _steps(transform)]
+    if any(_nested(step) for step in steps):
+        return _opaque(fn, name)
     places = [
         (i, key, value)
-        for i, transform in enumerate(fn.transforms)
-        for key, value in vars(transform).items()
+        for i, step in enumerate(steps)
+        for key, value in vars(step).items()
         if isinstance(value, Tensor)
     ]
 
     def again(given: list[Tensor]) -> Any:
-        transforms = [copy.copy(t) for t in fn.transforms]
+        own = [copy.copy(step) for step in steps]
+        for i, _, _ in places:
+            own[i]._inv = None  # the copy's would undo the original
         for (i, key, _), value in zip(places, given[len(inner.leaves) :], strict=True):
-            setattr(transforms[i], key, value)
-        return type(fn)(inner.again(given[: len(inner.leaves)]), transforms)
+            setattr(own[i], key, value)
+        return type(fn)(inner.again(given[: len(inner.leaves)]), own)
 
     return _Apart([*inner.leaves, *((v, right) for _, _, v in places)], again)
+
+
+def _steps(transform: Any) -> list[Any]:
+    """A transform, or those that it is composed of."""
+    if isinstance(transform, torch.distributions.ComposeTransform):
+        return [step for part in transform.parts for step in _steps(part)]
+    return [transform]
+
+
+def _nested(transform: Any) -> bool:
+    """Whether a transform holds another one, and with it tensors out of reach."""
+    kinds = (torch.distributions.Transform, torch.nn.Module, list, tuple)
+    inverse = isinstance(transform, torch.distributions.transforms._InverseTransform)
+    if inverse and any(isinstance(v, Tensor) for v in vars(transform.inv).values()):
+        return True
+    return any(isinstance(v, kinds) for key, v in vars(transform).items() if key != "_inv")
 
 
 def _arguments(fn: Distribution) -> dict[str, Any] | None:
