@@ -18,6 +18,7 @@ from torch import Tensor
 from pyroem import imputation, sequences
 from pyroem._pyro import Enumerated, isolated, unwrap
 from pyroem.blocks import is_source
+from pyroem.components import Components, components
 from pyroem.errors import ModelError, SettingError
 from pyroem.estep import decode
 from pyroem.estep.chain import Potentials, chain_weights, lengths
@@ -57,6 +58,9 @@ class Fit:
         The objective, status and iterations of every start.
     approximation
         Of SVI with a guide: the approximate posterior, with its ELBO and draws; else None.
+    path
+        The parameters at every iteration, from the start on, where the solver was told to keep them
+        (``EM(keep_path=True)``).
     """
 
     params: Params
@@ -71,6 +75,7 @@ class Fit:
     restarts: tuple[Restart, ...]
     problem: Problem
     approximation: Any = None
+    path: tuple[Params, ...] = ()
 
     @property
     def log_joint(self) -> float:
@@ -449,6 +454,37 @@ class Fit:
             mean = sum(torch.where(w > 0, w * tensors[n], 0.0).sum() for n, w in found.items())
             known = entropy_of_known(structure, trace, found)
         return self.bic(rows) + 2 * float(value - mean - known)
+
+    def components(self, site: str | None = None) -> Components:
+        """One observation, state by state: its rows, their weights, densities and moments.
+
+        ``site`` names the observation where there are several. Of data in blocks, the rows that
+        starts were sought on.
+        """
+        small = self.problem.sample
+        with isolated(small.structure.program.dtype, 0), torch.no_grad():
+            return components(small.structure, self.params, small.row_weights, site)
+
+    def transitions(self) -> dict[str, Tensor]:
+        """The transition matrix of each chain, ``[K, K]``: rows are the states before.
+
+        The mean over the steps and sequences, where covariates change it.
+
+        Raises:
+        ------
+        ModelError
+            Where the program is no chain.
+        """
+        return sequences.transitions(self._potentials(self._chains("transitions", (), {})))
+
+    def report(self, path: str | Path) -> Path:
+        """Write a page of HTML: explanation, tables and pictures, in one file without links.
+
+        Needs matplotlib. Returns the path.
+        """
+        from pyroem.report import write
+
+        return write(self, path)
 
     def uncertainty(self, method: str = "observed") -> Uncertainty:
         """Standard errors and intervals of the parameters, and the covariance of all of them.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -136,6 +136,7 @@ class Rule:
     max_iter: int
     patience: int
     words: str = ""  # of a rule of the solver's own
+    keep_path: bool = False  # whether to keep the parameters of every iteration
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,7 @@ class Outcome:
     history: tuple[Record, ...]
     message: str = ""
     parts: tuple[float, float] | None = None
+    path: tuple[Params, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -166,10 +168,12 @@ class Course:
     calm: int = 0
     still: int = 0
     fallen: bool = False
+    path: list[Params] = field(default_factory=list)
 
     def trimmed(self) -> Course:
         """With the history up to its iteration only."""
-        return replace(self, history=self.history[: self.iteration + 1])
+        upto = self.iteration + 1
+        return replace(self, history=self.history[:upto], path=self.path[:upto])
 
 
 def iterate(
@@ -199,8 +203,9 @@ def iterate(
             return Outcome(state, Status.NON_FINITE, tuple(history), message)
         if interrupted:
             return Outcome(state, Status.INTERRUPTED, tuple(history))
-        course = Course(0, state, state, history)
+        course = Course(0, state, state, history, path=_kept(state) if rule.keep_path else [])
     state, best, history = course.state, course.best, list(course.history)
+    path = list(course.path)
     calm, still, fallen = course.calm, course.still, course.fallen
     noise = NOISE[problem.structure.program.dtype]
     status, message = Status.MAX_ITER, ""
@@ -222,6 +227,7 @@ def iterate(
                 break
             history.append(record)
             old, state = state, new
+            path += _kept(state) if rule.keep_path else []
             if state.log_joint > best.log_joint:
                 best = state
             tol = max(rule.tol, _resolution(problem, state))
@@ -251,13 +257,17 @@ def iterate(
             if still >= STILL:
                 status = Status.STALLED
                 break
-            keep(Course(iteration, state, best, history, calm, still, fallen))
+            keep(Course(iteration, state, best, history, calm, still, fallen, path))
             pause_point()
     except KeyboardInterrupt:
         status = Status.INTERRUPTED
     good = not solver.exact or state.log_joint >= best.log_joint - noise * abs(best.log_joint)
     last = state if good else best
-    return Outcome(last, status, tuple(history), message)
+    return Outcome(last, status, tuple(history), message, path=tuple(path))
+
+
+def _kept(state: State) -> list[Params]:
+    return [{name: value.detach().clone() for name, value in state.params.items()}]
 
 
 def _attempt(step: Callable[[], State], state: State) -> State:

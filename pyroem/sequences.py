@@ -291,6 +291,15 @@ def _predictive(
     return dist.MixtureSameFamily(dist.Categorical(mixing.expand(batch)), component)
 
 
+def transitions(potentials: Iterable[Potentials]) -> dict[str, Tensor]:
+    """The mean transition matrix of each chain, over its steps and sequences."""
+    return {
+        own.chain.name: own.pair.double().exp().flatten(0, -3).mean(0)
+        for own in potentials
+        if own.chain.length > 1
+    }
+
+
 KINDS = ("forecast", "ordinary")
 
 

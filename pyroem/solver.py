@@ -59,6 +59,9 @@ SETTINGS = """
         the objective and the parameters fall geometrically, and are extrapolated to ``tol`` and
         ``param_tol``; where they do not fall (or another solver than EM works) it says how long
         all iterations up to ``max_iter`` would take.
+    keep_path
+        Keep the parameters of every iteration, in ``Fit.path``: for pictures, and to look closely.
+        Starts then run one after the other.
     """
 
 
@@ -75,6 +78,7 @@ class Solver:
     engine: str = "auto"
     device: str | torch.device | None = None
     progress: bool = False
+    keep_path: bool = False
 
     def __init_subclass__(cls) -> None:
         cls.__doc__ = (cls.__doc__ or "").rstrip() + "\n" + SETTINGS
@@ -142,7 +146,8 @@ class Solver:
     @property
     def rule(self) -> Rule:
         """When to stop."""
-        return Rule(self.tol, self.param_tol, self.max_iter, self.patience)
+        own = self.keep_path
+        return Rule(self.tol, self.param_tol, self.max_iter, self.patience, keep_path=own)
 
     def pose(
         self,
@@ -378,7 +383,7 @@ class Solver:
         show: Progress,
     ) -> list[tuple[Start, Outcome]]:
         """All ``count`` runs as one batch, if that can be; judged as far as the best needs it."""
-        if count < 2 or not self.together(problem):
+        if count < 2 or self.keep_path or not self.together(problem):
             return []
         chosen = list(islice(coming, count))
         known = journal.outcomes()
@@ -492,4 +497,5 @@ def _finish(
         restarts,
         problem,
         solver.approximation(problem, run.state),
+        run.path,
     )

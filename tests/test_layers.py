@@ -30,7 +30,7 @@ LAYERS: list[set[str]] = [
     {"problem"},
     {"diagnose", "clustering", "batch", "shards", "derivatives"},
     {"guesses", "loop", "sequences", "uncertainty"},
-    {"together", "given", "imputation", "moves"},
+    {"together", "given", "imputation", "moves", "components"},
     {"race"},
     {"starts", "accelerate", "stored"},
     {"checkpoint", "verdict"},
@@ -41,11 +41,12 @@ LAYERS: list[set[str]] = [
     {"variational"},
     {"api", "compare", "selection"},
     {"plot", "estimators"},
+    {"report"},
     {"__init__"},
     {"cli"},
     {"__main__"},
 ]
-FACES = {"plot", "cli", "estimators", "__main__"}
+FACES = {"plot", "report", "cli", "estimators", "__main__"}
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

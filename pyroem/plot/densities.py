@@ -1,0 +1,201 @@
+"""One column of the data, with the density that was fitted to it, and who is responsible where."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pyroem.components import Components
+from pyroem.plot.style import (
+    GREY,
+    MOST_POINTS,
+    PALE,
+    as_text,
+    legend,
+    line_looks,
+    looks,
+    new_axes,
+    styled,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from pyroem.fit import Fit
+
+POINTS = 400
+MOST_FOR_KDE = 20_000
+MOST_VALUES = 400  # of a count that are drawn one by one
+FAR = 12.0  # times the interquartile range: beyond, the tails are cut off
+
+
+def density(
+    fit: Fit, site: str | None = None, column: int = 0, ax: Axes | None = None, kde: bool = True
+) -> Axes:
+    """Draw one column of an observation: its histogram and what was fitted to it.
+
+    The fitted density is that of all rows, each with its own posterior, and the components are its
+    parts (see :mod:`pyroem.components`); with them a kernel density estimate of the data, with
+    Scott's bandwidth. Of counts and categories: relative frequencies, and the fitted probabilities.
+
+    Raises:
+        SettingError: there are several observations and none is named, or there is no such column.
+    """
+    found = fit.components(site)
+    values, weights = found.column(column)
+    with styled():
+        if ax is None:
+            ax = new_axes()
+        ax.set_xlabel(as_text(found.column_name(column)))
+        labels = shares_of(found)
+        if found.discrete:
+            _draw_counts(ax, found, values, weights, column, labels)
+        else:
+            grid = span(values)
+            draw_data(ax, values, grid, weights)
+            if kde:
+                _draw_kde(ax, values, grid, weights)
+            parts = found.density(grid, column)
+            if parts is not None:
+                draw_density(ax, grid, parts, labels)
+        legend(ax)
+    return ax
+
+
+def responsibilities(
+    fit: Fit, site: str | None = None, column: int = 0, ax: Axes | None = None
+) -> Axes:
+    """Draw the posterior probability of each state against a column of an observation.
+
+    ``p(z = k | x)`` as a curve where it is a function of the column alone (one column, the same
+    distributions in all rows, no chain, and one observation); else one dot for each row.
+    """
+    found = fit.components(site)
+    values, _ = found.column(column)
+    structure = fit.problem.sample.structure
+    alone = not (structure.chains or found.varies or len(structure.observations) > 1)
+    with styled():
+        if ax is None:
+            ax = new_axes()
+        if alone and found.values.shape[1] == 1 and not found.discrete:
+            grid = span(values)
+            parts = found.density(grid, column)
+            assert parts is not None
+            shares = (parts / parts.sum(0)).numpy()
+            for look, label, share in zip(line_looks(), found.labels, shares, strict=False):
+                ax.plot(grid.numpy(), share, label=as_text(label), **look)
+            some = values[:: math.ceil(len(values) / 500)].numpy()
+            rug: dict[str, Any] = {"color": GREY, "linestyle": "none", "markersize": 4}
+            ax.plot(some, [-0.05] * len(some), "|", label="data", **rug)
+        else:
+            seen = ~found.values[:, column].isnan()
+            rows = found.weights[seen] / found.weights[seen].sum(1, keepdim=True)
+            step = math.ceil(len(values) / MOST_POINTS)
+            for look, label, own in zip(looks(), found.labels, rows.T, strict=False):
+                dots: dict[str, Any] = {"s": 9, "alpha": 0.6, "linewidths": 0, "rasterized": True}
+                dots |= {"color": look["color"], "marker": look["marker"]}
+                ax.scatter(values[::step].numpy(), own[::step].numpy(), label=label, **dots)
+        ax.set_xlabel(as_text(found.column_name(column)))
+        ax.set_ylabel("posterior probability")
+        ax.set_ylim(-0.08, 1.05)
+        legend(ax)
+    return ax
+
+
+def shares_of(found: Components) -> list[str]:
+    """The labels of the states with their shares of the rows."""
+    pairs = zip(found.labels, found.shares.tolist(), strict=True)
+    return [as_text(f"{label} ({share:.0%})") for label, share in pairs]
+
+
+def span(values: Tensor, margin: float = 0.05) -> Tensor:
+    """Where to draw: the range of the data, without tails that would leave no room for the rest."""
+    low, high = values.min().item(), values.max().item()
+    some = values[:: math.ceil(len(values) / 100_000)]
+    levels = torch.tensor([0.005, 0.25, 0.75, 0.995], dtype=some.dtype)
+    left, lower, upper, right = torch.quantile(some, levels).tolist()
+    reach = FAR * (upper - lower)
+    if reach > 0:
+        low, high = (
+            (left if low < lower - reach else low),
+            (right if high > upper + reach else high),
+        )
+    room = margin * (high - low) or 0.5
+    return torch.linspace(low - room, high + room, POINTS, dtype=torch.float64)
+
+
+def draw_data(ax: Axes, values: Tensor, grid: Tensor, weights: Tensor | None = None) -> None:
+    """A histogram of the values within the grid, of density scale over all of them."""
+    low, high = max(grid[0].item(), values.min().item()), min(grid[-1].item(), values.max().item())
+    bins = min(60, max(10, 2 * math.ceil(len(values) ** (1 / 3))))
+    own = torch.ones_like(values) if weights is None else weights
+    high = high if high > low else low + 1e-9 + 1e-9 * abs(low)
+    edges = torch.linspace(low, high, bins + 1, dtype=torch.float64)
+    heights, _ = torch.histogram(values.double(), edges, weight=own.double())
+    heights = heights / own.sum() / edges.diff()
+    ax.stairs(heights.numpy(), edges.numpy(), fill=True, color=PALE, label="data")
+    beyond = float(own[(values < low) | (values > high)].sum() / own.sum())
+    if beyond > 0:
+        ax.set_title(f"{beyond:.1%} of the data beyond", loc="right", fontsize=8)
+
+
+def draw_density(ax: Axes, grid: Tensor, parts: Tensor, labels: Sequence[str]) -> None:
+    """The components ``[K, G]`` (with their weights) and their sum."""
+    ax.plot(grid.numpy(), parts.sum(0).numpy(), color="#000000", label="mixture")
+    if len(parts) > 1:
+        for look, label, part in zip(line_looks(), labels, parts, strict=False):
+            ax.plot(grid.numpy(), part.numpy(), label=label, **look)
+    ax.set_ylabel("density")
+
+
+def _draw_kde(ax: Axes, values: Tensor, grid: Tensor, weights: Tensor) -> None:
+    from scipy.stats import gaussian_kde
+
+    inside = (values >= grid[0]) & (values <= grid[-1])  # rows far away would set the bandwidth
+    share, values, weights = (
+        float(weights[inside].sum() / weights.sum()),
+        values[inside],
+        weights[inside],
+    )
+    if float(values.std(correction=0)) <= 0:
+        return
+    step = math.ceil(len(values) / MOST_FOR_KDE)
+    estimate = gaussian_kde(values[::step].numpy(), weights=weights[::step].numpy())
+    style: dict[str, Any] = {"color": "#707070", "linestyle": (0, (4, 2)), "linewidth": 1.2}
+    ax.plot(grid.numpy(), share * estimate(grid.numpy()), label="KDE", **style)
+
+
+def _draw_counts(
+    ax: Axes,
+    found: Components,
+    values: Tensor,
+    weights: Tensor,
+    column: int,
+    labels: Sequence[str],
+) -> None:
+    low, high = int(values.min()), int(values.max())
+    step = max(1, math.ceil((high - low + 1) / MOST_VALUES))
+    points = torch.arange(low, high + 1, step, dtype=torch.float64)
+    parts = found.density(points, column)
+    places = ((values - low) / step).long().clamp(max=len(points) - 1)
+    seen = torch.zeros(len(points), dtype=torch.float64).index_add_(0, places, weights.double())
+    ax.bar(
+        points.numpy(), (seen / weights.sum() / step).numpy(), 0.8 * step, color=PALE, label="data"
+    )
+    ax.set_ylabel("probability")
+    if high - low <= 12:
+        ax.set_xticks(range(low, high + 1))
+    if parts is None:
+        return
+    some: dict[str, Any] = {"markevery": max(1, len(points) // 12)}
+    if found.categorical:
+        some |= {"linestyle": "none"}
+    whole: dict[str, Any] = {"color": "#000000", "marker": "o", "markersize": 3.5}
+    ax.plot(points.numpy(), parts.sum(0).numpy(), label="mixture", **whole, **some)
+    if len(parts) > 1:
+        for look, label, part in zip(looks(), labels, parts, strict=False):
+            ax.plot(points.numpy(), part.numpy(), label=label, **(look | some))
