@@ -189,7 +189,7 @@ def _end(climb: Climb, here: Point, side: int, z: float, edge: int) -> End:
         at = brentq(
             lambda x: climb.depth(climb.maximise(x)) - z,
             *sorted((inside.at, outside.at)),
-            xtol=1e-6 * climb.spread,
+            xtol=1e-7 * abs(outside.at - inside.at),
             rtol=1e-12,
         )
     except ValueError:
@@ -274,7 +274,8 @@ def _noted(climb: Climb, ends: list[End], heights: list[float], z: float) -> lis
     """What is to be said of all maxima that were found."""
     notes, name, found = [], climb.target.name, climb.found
     best = max(found, key=lambda p: p.log_joint, default=None)
-    if best is not None and best.log_joint > climb.maximum + HIGHER:
+    higher = best is not None and best.log_joint > climb.maximum + HIGHER
+    if best is not None and higher:
         notes.append(
             f"The fit is not the maximum: at {name} = {climb.number(best.at):.6g} the log-joint is"
             f" {best.log_joint - climb.maximum:.3g} higher."
@@ -290,14 +291,13 @@ def _noted(climb: Climb, ends: list[End], heights: list[float], z: float) -> lis
             (p for p in found if side * (p.at - climb.start[0]) >= 0), key=lambda p: side * p.at
         )
         rising = [a for a, b in pairwise(outwards) if b.log_joint > a.log_joint + NOTABLE]
-        if rising:
+        if rising and not higher:
             notes.append(
                 f"The profile rises again beyond {name} = {climb.number(rising[0].at):.6g}, towards"
                 " another maximum."
             )
-        beyond = [
-            p for p in outwards if side * (p.at - end.at) > 0 and climb.depth(p) < z - NOTABLE
-        ]
+        outside = [p for p in outwards if side * (p.at - end.at) > 0]
+        beyond = [p for p in outside if climb.depth(p) < z - NOTABLE]
         if beyond and math.isfinite(end.value):
             notes.append(
                 f"It comes above the threshold again at {name} = {climb.number(beyond[0].at):.6g},"
