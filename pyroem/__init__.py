@@ -1,9 +1,10 @@
 """pyroem: closed-form EM and gradient MAP for any Pyro program with discrete assignments."""
 
 from pyroem._pyro import markov
-from pyroem.api import e_step, expected_log_joint, log_joint
+from pyroem.api import e_step, expected_log_joint, likelihood_curve, log_joint
 from pyroem.blocks import Blocks, blocks
 from pyroem.compare import Comparison, Row, Study, compare
+from pyroem.curves import Curve, Surface
 from pyroem.em import EM
 from pyroem.errors import DataError, ModelError, PyroemError, SettingError
 from pyroem.estep.trace import Posterior
@@ -13,6 +14,7 @@ from pyroem.gradient import MAP
 from pyroem.implicit import implicit
 from pyroem.loop import Record, Restart, Status
 from pyroem.mcmc import Draws, mcmc
+from pyroem.profiles import Profile
 from pyroem.selection import (
     Candidate,
     LikelihoodRatioTest,
@@ -35,6 +37,7 @@ __all__ = [
     "Candidate",
     "Comparison",
     "Coordinate",
+    "Curve",
     "DataError",
     "Draws",
     "Family",
@@ -42,6 +45,7 @@ __all__ = [
     "LikelihoodRatioTest",
     "ModelError",
     "Posterior",
+    "Profile",
     "PyroemError",
     "Record",
     "Restart",
@@ -51,6 +55,7 @@ __all__ = [
     "Status",
     "StepwiseEM",
     "Study",
+    "Surface",
     "Uncertainty",
     "blocks",
     "compare",
@@ -58,6 +63,7 @@ __all__ = [
     "expected_log_joint",
     "exponential_family",
     "implicit",
+    "likelihood_curve",
     "likelihood_ratio_test",
     "log_joint",
     "markov",

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from pyroem._pyro import as_data, isolated
+from pyroem.curves import Curve, curve
 from pyroem.errors import SettingError
 from pyroem.estep.trace import Posterior, posterior
 from pyroem.mstep.update import expected_sum
+from pyroem.problem import pose
 from pyroem.reading import read
 from pyroem.structure import Structure
 
@@ -47,6 +49,28 @@ def log_joint(
     with isolated(dtype):
         trace = structure.enumerate(values)
         return trace.log_likelihood(trace.tensors()) + structure.log_prior(trace)
+
+
+def likelihood_curve(
+    model: Model,
+    params: Mapping[str, Any],
+    *args: Any,
+    which: str,
+    values: Any = None,
+    points: int = 101,
+    weights: Any = None,
+    dtype: torch.dtype = torch.float64,
+    **kwargs: Any,
+) -> Curve:
+    """:func:`log_joint` along one element of a parameter, all others held as in ``params``.
+
+    ``which`` is an element (``"loc[1]"``; of a single number the parameter's name), ``values``
+    what it is set to, else ``points`` values around where it stands; ``weights`` are those of rows.
+    See :func:`pyroem.curves.curve`. Through a fit it is ``fit.curve``.
+    """
+    problem = pose(model, args, kwargs, dtype=dtype, weights=weights)
+    own = {n: v.detach() for n, v in problem.structure.values(params).items()}
+    return curve(problem, own, which, values, points)
 
 
 def e_step(

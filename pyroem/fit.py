@@ -19,6 +19,8 @@ from pyroem import imputation, sequences
 from pyroem._pyro import Enumerated, isolated, unwrap
 from pyroem.blocks import is_source
 from pyroem.components import Components, components
+from pyroem.constrained import Which
+from pyroem.curves import Curve, Surface, curve, surface
 from pyroem.errors import ModelError, SettingError
 from pyroem.estep import decode
 from pyroem.estep.chain import Potentials, chain_weights, lengths
@@ -29,6 +31,7 @@ from pyroem.explain import describe
 from pyroem.loop import Record, Restart, Rule, Status
 from pyroem.mstep.blocks import Rung
 from pyroem.problem import Problem, pose
+from pyroem.profiles import Profile, profile
 from pyroem.reading import on_other_sequences, read
 from pyroem.sequences import Filtered, Forecast
 from pyroem.structure import Held, Params, Structure, known_part, whole_of
@@ -495,6 +498,26 @@ class Fit:
         standard error (NaN); ``message`` says which and why.
         """
         return uncertainty(self.problem, self.params, method)
+
+    def profile(
+        self, which: Which, level: float = 0.95, points: int = 21, *, name: str | None = None
+    ) -> Profile:
+        """The profile of the log-joint along one number, and the interval that follows from it.
+
+        ``which`` is an element (``"loc[1]"``) or a function of the dict of parameters that gives a
+        scalar tensor, called ``name``: ``lambda p: p["loc"][1] - p["loc"][0]``. The other
+        parameters are maximised anew at each of the ``points``; see :mod:`pyroem.profiles`.
+        """
+        note = "" if self.converged else f"The fit did not converge: {self.status}."
+        return profile(self.problem, self.params, which, level, points, name, note)
+
+    def curve(self, which: str, values: Any = None, points: int = 101) -> Curve:
+        """The log-joint along one element, all other parameters held; see :mod:`pyroem.curves`."""
+        return curve(self.problem, self.params, which, values, points)
+
+    def surface(self, first: str, second: str, values: Any = None, points: int = 41) -> Surface:
+        """The log-joint over two elements, all other parameters held, as :meth:`curve`."""
+        return surface(self.problem, self.params, first, second, values, points)
 
     def rate_matrix(self) -> Tensor:
         """EM's own derivative at the fit: what part of the distance to it an iteration leaves.

@@ -295,7 +295,7 @@ def at_bound(at: Coordinates, name: str) -> Tensor:
         return value < EDGE
     low, high = interval_of(parameter.constraint) or (-math.inf, math.inf)
     if math.isinf(high):
-        return value - low < 1e-100
+        return value - low <= 1e-100  # where the closed forms stop
     return (value - low < EDGE * (high - low)) | (high - value < EDGE * (high - low))
 
 
