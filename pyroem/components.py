@@ -99,7 +99,8 @@ class Components:
     values
         The data, ``[N, D]``; NaN where nothing is seen.
     weights
-        The posterior probability of each state in each row times the row's weight, ``[N, K]``.
+        The posterior probability of each state in each row times the row's weight, ``[N, K]``; zero
+        in rows that show nothing.
     discrete
         Whether the observation is a count or a category.
     """
@@ -304,7 +305,7 @@ def _part(
     value = _lay(value, right, (rows, others), plates)
     value = value[:, 0] if events else value.flatten(1)
     w = run.unpack(name, weights) / float(run.scale)
-    w = _lay(w, 0, groups, full).mean(-1)
+    w = _lay(w, 0, groups, full).mean(-1) * (~value.isnan()).any(1, keepdim=True)
 
     # Those of the bare distribution lie further left: it has the declared event dims in its batch.
     own = {d - declared: size for d, size in full.items()}

@@ -8,6 +8,7 @@ import io
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ th, td { padding: 0.18rem 0.8rem; text-align: right; border-bottom: 1px solid #e
 th:first-child, td:first-child { text-align: left; }
 th { font-weight: 600; border-bottom: 1px solid #888; }
 pre { background: #f6f6f6; padding: 0.8rem; overflow-x: auto; font-size: 0.85rem; }
+pre.words { white-space: pre-wrap; }
 figure { display: inline-block; margin: 0.6rem 1.2rem 0.6rem 0; vertical-align: top; }
 figcaption { font-size: 0.85rem; color: #444; max-width: 26rem; }
 img { max-width: 100%; height: auto; }
@@ -74,7 +76,8 @@ def _summary(fit: Fit) -> str:
     good = "status" if fit.converged else "status bad"
     message = f" {fit.message}" if fit.message else ""
     words = f"<b>{fit.status}</b>. {html.escape(fit.status.explanation + message)}"
-    observed = ", ".join(structure.observations[:MOST_SITES])
+    seen = list(sites(fit.problem.sample.structure))
+    observed = ", ".join(seen[:MOST_SITES]) + (", ..." if len(seen) > MOST_SITES else "")
     rows = [
         ("rows", f"{structure.num_rows:,}"),
         ("observations", html.escape(observed)),
@@ -104,13 +107,13 @@ def _number(compute: Callable[[], float]) -> str:
 def _pictures(fit: Fit) -> str:
     structure = fit.problem.sample.structure
     found = ["<h2>Data and fit</h2>"]
-    seen = [name for name in _observed(fit)]
+    seen = list(sites(structure))
     for name in seen[:MOST_SITES]:
         found += _of_site(fit, name)
     if len(seen) > MOST_SITES:
         found.append(f'<p class="note">{len(seen) - MOST_SITES} further observations.</p>')
     for chain in [c.name for c in structure.chains if c.length > 1]:
-        picture = _picture(lambda ax, own=chain: plot.transitions(fit, own, ax), COLUMN, 3.1)
+        picture = _picture(partial(plot.transitions, fit, chain), COLUMN, 3.1)
         found.append(_figure(picture, f"How the states of {chain} follow one another."))
     if structure.chains:
         name = seen[0]
@@ -119,11 +122,6 @@ def _pictures(fit: Fit) -> str:
     drawn = _whole(lambda: plot.program(fit))
     found.append(_figure(drawn, "The program: assignments are round, observations grey."))
     return "\n".join(found)
-
-
-def _observed(fit: Fit) -> Iterator[str]:
-    """The observations, a chain's once."""
-    yield from sites(fit.problem.sample.structure)
 
 
 def _of_site(fit: Fit, name: str) -> list[str]:
@@ -136,7 +134,7 @@ def _of_site(fit: Fit, name: str) -> list[str]:
     if width == 1 or found.discrete:
         drawn = [
             _figure(
-                _picture(lambda ax, i=i: plot.density(fit, name, i, ax), COLUMN, 2.8),
+                _picture(partial(plot.density, fit, name, i), COLUMN, 2.8),
                 f"{found.column_name(i)}: the data, and the density that was fitted.",
             )
             for i in range(min(width, 6))
@@ -147,7 +145,7 @@ def _of_site(fit: Fit, name: str) -> list[str]:
         drawn = [_figure(flat, words)]
         drawn += [
             _figure(
-                _picture(lambda ax, i=i: plot.density(fit, name, i, ax), COLUMN, 2.8),
+                _picture(partial(plot.density, fit, name, i), COLUMN, 2.8),
                 f"{found.column_name(i)} alone.",
             )
             for i in range(2)
@@ -218,7 +216,7 @@ def _rate(fit: Fit) -> str:
 
 
 def _explanation(fit: Fit) -> str:
-    return f"<h2>How it was fitted</h2>\n<pre>{html.escape(fit.explain())}</pre>"
+    return f'<h2>How it was fitted</h2>\n<pre class="words">{html.escape(fit.explain())}</pre>'
 
 
 def _table(head: Sequence[tuple[str, ...]], rows: Sequence[tuple[str, ...]]) -> str:

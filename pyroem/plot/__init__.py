@@ -8,8 +8,8 @@ from pyroem.plot.densities import density, responsibilities
 from pyroem.plot.mixture import fitted_mixture, mixture_moments, report
 from pyroem.plot.objective import likelihood, surface
 from pyroem.plot.planes import contours, pairs
-from pyroem.plot.program import program, render_model
-from pyroem.plot.selection import selection
+from pyroem.plot.programs import program, render_model
+from pyroem.plot.selections import selection
 from pyroem.plot.sequences import decoded, transitions
 from pyroem.plot.solvers import comparison, history
 from pyroem.plot.style import COLOURS, LINES, MARKERS, STYLE, require_matplotlib

@@ -96,7 +96,8 @@ def responsibilities(
             rows = found.weights[seen] / found.weights[seen].sum(1, keepdim=True)
             step = math.ceil(len(values) / MOST_POINTS)
             for look, label, own in zip(looks(), found.labels, rows.T, strict=False):
-                dots: dict[str, Any] = {"s": 9, "alpha": 0.6, "linewidths": 0, "rasterized": True}
+                dots: dict[str, Any] = {"alpha": 0.6, "linewidths": 0, "rasterized": True}
+                dots |= {"s": 16 if len(values) < 500 else 9}
                 dots |= {"color": look["color"], "marker": look["marker"]}
                 ax.scatter(values[::step].numpy(), own[::step].numpy(), label=label, **dots)
         ax.set_xlabel(as_text(found.column_name(column)))

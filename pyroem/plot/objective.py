@@ -13,8 +13,9 @@ from pyroem.plot.style import COLOURS, GREY, as_text, grid, legend, looks, new_a
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from pyroem.curves import Curve, Surface
     from pyroem.fit import Fit
-    from pyroem.profiles import Curve, Profile, Surface
+    from pyroem.profiles import Profile
 
 DEPTH = 12.0  # nats below the highest value that are drawn of a curve beside a profile
 SHADES = 14
@@ -114,15 +115,8 @@ def surface(
         bar.set_label("log-joint")
         bar.ax.tick_params(labelsize=7)
         if named:
-            legend_inside(ax)
+            legend(ax, bar.ax)
     return ax
-
-
-def legend_inside(ax: Axes) -> None:
-    """Above the axes themselves: the colour bar is another pair of axes."""
-    handles, labels = ax.get_legend_handles_labels()
-    style: dict[str, Any] = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0)}
-    ax.legend(handles, labels, ncols=min(len(handles), 3), **style)
 
 
 def _levels(height: Tensor) -> Tensor:

@@ -101,13 +101,12 @@ def pairs(
 
 
 def _two(found: Components, columns: tuple[int, int]) -> tuple[int, int]:
-    width = found.values.shape[1]
+    if found.values.shape[1] < 2:
+        raise SettingError(f"Site '{found.name}' has one column; draw plot.density.")
     if len(columns) != 2 or columns[0] == columns[1]:
         raise SettingError(f"columns: expected two that differ, got {columns!r}.")
     for i in columns:
         found.column_name(i)  # raises where there is none
-    if width < 2:
-        raise SettingError(f"Site '{found.name}' has one column; draw plot.density.")
     return columns
 
 

@@ -87,7 +87,7 @@ def history(fits: Any | Mapping[str, Any], axes: Sequence[Axes] | None = None) -
                 (by_iteration, [float(r.iteration) for r in records]),
                 (by_seconds, [r.seconds for r in records]),
             ):
-                some = {"markevery": max(1, len(values) // 12)}
+                some: dict[str, Any] = {"markevery": max(1, len(values) // 12)}
                 ax.plot(times, values, label=as_text(name), **look, **some)
         by_iteration.set_xlabel("iteration")
         by_seconds.set_xlabel("seconds")

@@ -120,4 +120,5 @@ def legend(*axes: Axes) -> None:
         columns = max(1, min(len(handles), int(inches / (0.45 + 0.055 * widest))))
         figure.legend(handles, labels, loc="outside upper center", ncols=columns)
     else:
-        axes[-1].legend(handles, labels, loc="best")
+        where = axes[-1] if axes[-1].get_legend_handles_labels()[0] else axes[0]
+        where.legend(handles, labels, loc="best")
