@@ -3,6 +3,7 @@
 from pyroem._pyro import markov
 from pyroem.api import e_step, expected_log_joint, log_joint
 from pyroem.blocks import Blocks, blocks
+from pyroem.bootstrap import Bootstrap, bootstrap
 from pyroem.compare import Comparison, Row, Study, compare
 from pyroem.em import EM
 from pyroem.errors import DataError, ModelError, PyroemError, SettingError
@@ -32,6 +33,7 @@ __all__ = [
     "SVI",
     "Approximation",
     "Blocks",
+    "Bootstrap",
     "Candidate",
     "Comparison",
     "Coordinate",
@@ -53,6 +55,7 @@ __all__ = [
     "Study",
     "Uncertainty",
     "blocks",
+    "bootstrap",
     "compare",
     "e_step",
     "expected_log_joint",
