@@ -3,6 +3,7 @@
 from pyroem._pyro import markov
 from pyroem.api import e_step, expected_log_joint, likelihood_curve, log_joint
 from pyroem.blocks import Blocks, blocks
+from pyroem.bootstrap import Bootstrap, bootstrap
 from pyroem.compare import Comparison, Row, Study, compare
 from pyroem.curves import Curve, Surface
 from pyroem.em import EM
@@ -34,6 +35,7 @@ __all__ = [
     "SVI",
     "Approximation",
     "Blocks",
+    "Bootstrap",
     "Candidate",
     "Comparison",
     "Coordinate",
@@ -58,6 +60,7 @@ __all__ = [
     "Surface",
     "Uncertainty",
     "blocks",
+    "bootstrap",
     "compare",
     "e_step",
     "expected_log_joint",

@@ -43,14 +43,19 @@ def has_one_group(problem: Problem) -> bool:
 
 
 class Batch:
-    """Copies of a problem; parameters have a leading dim of copies."""
+    """Copies of a problem; parameters have a leading dim of copies.
 
-    def __init__(self, problem: Problem, count: int) -> None:
+    ``weights`` (copies by rows) are row weights of each copy's own, in place of the problem's.
+    """
+
+    def __init__(self, problem: Problem, count: int, weights: Tensor | None = None) -> None:
         assert isinstance(problem.engine, MixtureEngine)
         self.problem, self.count = problem, count
         self.plan = copied(problem.plan, count)
         self.mixture = _copied_mixture(problem.engine.mixture, self.plan, count)
         self.chunks = problem.engine.chunks
+        if weights is not None:
+            self.chunks = [rows.weighted(weights) for rows in self.chunks]
 
     def e_step(self, params: Params) -> tuple[Expected, Tensor]:
         """Expected statistics and the objective of every copy."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -9,7 +10,6 @@ from itertools import islice
 from typing import Any, overload
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from pyroem._pyro import isolated
@@ -20,12 +20,12 @@ from pyroem.fit import Fit
 from pyroem.gradient import MAP
 from pyroem.interrupt import deferred, pressed
 from pyroem.loop import Status, rank
+from pyroem.matching import Matcher, canonical
 from pyroem.problem import Problem
 from pyroem.progress import Progress
 from pyroem.solver import Solver
 from pyroem.starts import starts
 from pyroem.structure import Params
-from pyroem.symmetry import permute
 
 NEAR = 0.01  # nats from the best objective that count as reaching it
 
@@ -169,6 +169,8 @@ def _study(once: Callable[[int], Comparison], seeds: Iterable[int], near: float)
     rows = []
     for name in dict.fromkeys(row.name for _, row in every):
         own = [(c.fits[name], row) for c, row in every if row.name == name]
+        differences = [parameter_difference(fit, reference) for fit, _ in own]
+        told = [x for x in differences if not math.isnan(x)]
         lines = [row for _, row in own]
         rows.append(
             StudyRow(
@@ -182,7 +184,8 @@ def _study(once: Callable[[int], Comparison], seeds: Iterable[int], near: float)
                 quartiles([row.seconds for row in lines]),
                 quartiles([row.seconds / max(row.iterations, 1) for row in lines]),
                 quartiles([row.seconds / max(row.passes, 1) for row in lines]),
-                quartiles([parameter_difference(fit, reference) for fit, _ in own]),
+                quartiles(told) if told else (math.nan, math.nan, math.nan),
+                len(own) - len(told),
             )
         )
     return Study(rows, found, best.log_joint, near)
@@ -222,11 +225,15 @@ def parameter_difference(fit: Fit, reference: Fit) -> float:
     """The largest relative difference of any parameter, after the states are matched.
 
     ``max |a - b| / max |b|`` over the elements of a parameter, the largest over the parameters.
+    NaN where it cannot be told which states are which (:class:`~pyroem.matching.Matcher`).
     """
     if fit is reference:
         return 0.0
-    own = _canonical(reference, reference.params)
-    other = _canonical(reference, match(fit, reference))
+    problem = reference.problem
+    matched = Matcher(problem, reference.params)(fit.params)
+    if matched.unclear:
+        return math.nan
+    own, other = canonical(problem, reference.params), canonical(problem, matched.params)
     return max((_relative(other[n], own[n]) for n in own if own[n].numel()), default=0.0)
 
 
@@ -241,34 +248,7 @@ def match(fit: Fit, reference: Fit) -> Params:
     States are paired to agree on as many rows as possible (the Hungarian algorithm on the overlap
     of the posteriors).
     """
-    structure = reference.problem.sample.structure
-    params = {n: v.to(reference.params[n].dtype) for n, v in fit.params.items()}
-    with isolated(structure.program.dtype, 0):
-        a = reference.problem.sample.marginals(reference.params)
-        b = reference.problem.sample.marginals(params)
-    for group in reference.problem.groups:
-        k = group.num_states
-        if group.movable < 2 or not (group.axes or group.complements):
-            continue
-        overlap = torch.zeros((k, k), dtype=structure.program.dtype)
-        for z in group.assignments:
-            overlap += a[z].reshape(-1, k).T @ b[z].reshape(-1, k)
-        if not overlap.isfinite().all():
-            continue
-        order = torch.arange(k)
-        free = overlap[: group.movable, : group.movable]
-        order[: group.movable] = torch.as_tensor(linear_sum_assignment(free, maximize=True)[1])
-        params = permute(params, group, order)
-    return params
-
-
-def _canonical(fit: Fit, params: Params) -> Params:
-    """Parameters of which only ratios or differences count, normalised."""
-    result = dict(params)
-    for name, block in fit.problem.plan.blocks.items():
-        if block.uses:
-            result[name] = block.uses[0].coordinate.canonical(params[name])
-    return result
+    return Matcher(reference.problem, reference.params)(fit.params).params
 
 
 __all__ = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,7 +22,8 @@ class Row:
 
     ``gap`` is the best fit's objective less this one; ``parameter_difference`` the largest
     difference of any parameter's element to the best fit, states matched, as a fraction of that
-    parameter's largest element. ``elbo`` is the evidence lower bound of a variational fit.
+    parameter's largest element; NaN where it is ambiguous which states are which. ``elbo`` is the
+    evidence lower bound of a variational fit.
     """
 
     name: str
@@ -98,7 +100,7 @@ class Comparison:
                     str(r.passes),
                     f"{r.seconds:.3f}",
                     r.status,
-                    f"{r.parameter_difference:.1e}",
+                    difference(r.parameter_difference),
                 ]
             )
             if elbo:
@@ -123,7 +125,9 @@ class StudyRow:
     ``best`` is the share of the runs that reached the best objective of all, ``converged`` that of
     those that ended well; ``gap``, ``iterations``, ``passes``, ``seconds`` and
     ``parameter_difference`` are ``(lower quartile, median, upper quartile)``; so are
-    ``seconds_per_iteration`` and ``seconds_per_pass``.
+    ``seconds_per_iteration`` and ``seconds_per_pass``. ``ambiguous`` runs, whose states cannot be
+    told apart from the best fit's clearly, have no ``parameter_difference``: it is that of the
+    others, NaN where there are none.
     """
 
     name: str
@@ -137,6 +141,7 @@ class StudyRow:
     seconds_per_iteration: tuple[float, float, float]
     seconds_per_pass: tuple[float, float, float]
     parameter_difference: tuple[float, float, float]
+    ambiguous: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,12 +193,18 @@ class Study:
             ["solver", "best", "converged", "gap", "iterations", "passes", "seconds", "param diff"]
         ]
         for r in self.rows:
-            spreads = (r.gap, r.iterations, r.passes, r.seconds, r.parameter_difference)
-            forms = ("{:.1e}", "{:.0f}", "{:.0f}", "{:.3f}", "{:.1e}")
+            spreads = [r.gap, r.iterations, r.passes, r.seconds]
+            forms = ["{:.1e}", "{:.0f}", "{:.0f}", "{:.3f}"]
+            if r.ambiguous < r.runs:
+                spreads, forms = [*spreads, r.parameter_difference], [*forms, "{:.1e}"]
             cells = [
                 f"{f.format(x[1])} [{f.format(x[0])}, {f.format(x[2])}]"
                 for f, x in zip(forms, spreads, strict=True)
             ]
+            if r.ambiguous == r.runs:
+                cells.append("ambiguous")
+            elif r.ambiguous:
+                cells[-1] += f" ({r.ambiguous} ambiguous)"
             table.append([r.name, f"{r.best:.0%}", f"{r.converged:.0%}", *cells])
         return table
 
@@ -210,6 +221,11 @@ class Study:
 
     def _repr_html_(self) -> str:
         return in_html(self._cells())
+
+
+def difference(value: float) -> str:
+    """A difference of parameters in a table; NaN is one that the states' match leaves open."""
+    return "ambiguous" if math.isnan(value) else f"{value:.1e}"
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:

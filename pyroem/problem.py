@@ -108,6 +108,23 @@ class Problem:
         engine = self.engine.own if isinstance(self.engine, DistributedEngine) else self.engine
         return engine if isinstance(engine, MixtureEngine) else None
 
+    def weighted(self, row_weights: Tensor) -> Problem:
+        """The same problem under other row weights (over the rows' plates), data in memory.
+
+        ``smaller``, on which labels are looked at, keeps its own.
+        """
+        engine: Engine = self.engine
+        if isinstance(engine, MixtureEngine):
+            flat = row_weights.reshape(-1)
+            engine = replace(engine, chunks=[rows.weighted(flat) for rows in engine.chunks])
+        elif isinstance(engine, ChainEngine):
+            chunks = [own.weighted(self.structure, row_weights) for own in engine.chunks]
+            engine = replace(engine, chunks=chunks)
+        else:
+            assert isinstance(engine, TraceEngine | ChainTraceEngine)
+            engine = replace(engine, row_weights=row_weights)
+        return replace(self, row_weights=row_weights, engine=engine)
+
     def e_step(self, params: Params) -> tuple[Expected, Tensor]:
         """Expected statistics and log prior at ``params``."""
         return self.engine.expect(params)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from pyroem.batch import Batch, at, stack
 from pyroem.diagnose import MARGIN
@@ -83,15 +84,23 @@ def iterate_together(
     progress: Progress,
     course: Together | None = None,
     keep: Callable[[Together], None] | None = None,
+    weights: Tensor | None = None,
 ) -> list[Outcome]:
     """EM from every point, in one batch; a run that has ended leaves it.
 
     A run ends as in :func:`pyroem.loop.iterate`; one whose variance runs to its floor is dropped
-    early. An interrupt ends all that still run. ``keep`` and ``course`` are as there.
+    early. An interrupt ends all that still run. ``keep`` and ``course`` are as there. ``weights``
+    (runs by rows) are row weights of each run's own.
     """
     clock = time.perf_counter()
+    sizes = [problem.rows] * len(points) if weights is None else weights.sum(1).tolist()
+
+    def batch_of(numbers: Sequence[int]) -> Batch:
+        own = None if weights is None else weights[list(numbers)]
+        return Batch(problem, len(numbers), own)
+
     if course is None:
-        batch, params = Batch(problem, len(points)), stack(points)
+        batch, params = batch_of(range(len(points))), stack(points)
         expected, log_joint = batch.e_step(params)
         seconds = time.perf_counter() - clock
         runs = [
@@ -105,7 +114,7 @@ def iterate_together(
         first = 1
     else:
         clock -= max(run.history[-1].seconds for run in course.runs)
-        batch, params, expected = Batch(problem, len(course.active)), course.params, course.expected
+        batch, params, expected = batch_of(course.active), course.params, course.expected
         runs = [replace(run, history=list(run.history)) for run in course.runs]
         active, first = [runs[i] for i in course.active], course.iteration + 1
     noise = NOISE[problem.structure.program.dtype]
@@ -139,7 +148,7 @@ def iterate_together(
                 else:
                     run.history.append(Record(iteration, value, seconds, iteration + 1))
                     run.value, last = value, params
-                    calm = abs(change) / problem.rows <= rule.tol
+                    calm = abs(change) / sizes[run.number] <= rule.tol
                     calm = calm and movement(at(params, i), at(before, i)) <= rule.param_tol
                     run.calm = run.calm + 1 if calm else 0
                     if run.calm >= rule.patience:
@@ -151,7 +160,7 @@ def iterate_together(
             going = [i for i, run in enumerate(active) if run.status is None]
             if going and progress.due():
                 note = f"{len(going)} of {len(runs)} runs go on"
-                slowest = max(_change(active[i]) for i in going) / problem.rows
+                slowest = max(_change(active[i]) / sizes[active[i].number] for i in going)
                 moved = max(movement(at(params, i), at(before, i)) for i in going)
                 limits = (rule.tol, rule.param_tol, rule.max_iter)
                 best = max(run.value for run in runs)
@@ -161,7 +170,7 @@ def iterate_together(
             if len(going) <= 0.75 * len(active):
                 index = torch.tensor(going)
                 active = [active[i] for i in going]  # the others have their parameters
-                batch = Batch(problem, len(going))
+                batch = batch_of([run.number for run in active])
                 params = {n: v.index_select(0, index) for n, v in params.items()}
                 expected = expected.select(index)
             tell(iteration)

@@ -33,6 +33,7 @@ from pyroem.cli.outputs import (
     print_table,
     print_table_heading,
 )
+from pyroem.comparison import difference
 from pyroem.loop import Status
 from pyroem.models.gaussian import gaussian_mixture
 
@@ -215,7 +216,7 @@ def _cells(row: Any) -> list[str]:
         row.name,
         f"{row.log_likelihood:.6f}",
         f"{row.gap:.1e}",
-        "-" if row.parameter_difference is None else f"{row.parameter_difference:.1e}",
+        "-" if row.parameter_difference is None else difference(row.parameter_difference),
         str(row.iterations),
         str(row.passes),
         f"{row.seconds:.3f}",

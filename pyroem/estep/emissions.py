@@ -7,6 +7,7 @@ not run.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -147,6 +148,16 @@ class ChainRows:
         rows = Rows(part.mixture, nodes, weights, cache, self.device, index, unmasked)
         return rows, replace(part, mixture=rows.mixture)
 
+    def weighted(self, weights: Tensor) -> ChainRows:
+        """The same sequences under other weights."""
+        own = copy.copy(self)
+        own.weights = weights[self.order]
+        if self.opening is not None:
+            own.opening = self.opening.weighted(own.weights)
+        if self.following is not None:
+            own.following = self.following.weighted(weights[self.sequence])
+        return own
+
     def spread(self, x: Tensor, first: bool, unseen: Tensor) -> Tensor:
         """Rows as steps by sequences; ``unseen`` is the row of a sequence that has ended."""
         steps = 1 if first else self.chain.length - 1
@@ -167,7 +178,8 @@ class ChainRows:
     @property
     def measure(self) -> float:
         """The weighted sum of the base measure."""
-        return sum(rows.measure for rows in (self.opening, self.following) if rows is not None)
+        both = (self.opening, self.following)
+        return sum(float(rows.measure) for rows in both if rows is not None)
 
 
 def _unmasked(mixture: Mixture) -> Mixture:
@@ -192,6 +204,14 @@ class Sequences:
     def parts(self, size: int) -> Iterator[Sequences]:
         """All of them: sequences are not cut."""
         yield self
+
+    def weighted(self, structure: Structure, row_weights: Tensor) -> Sequences:
+        """The same sequences under other row weights."""
+        rows = (
+            own.weighted(sequence_weights(structure, own.chain, own.shape, row_weights))
+            for own in self.rows
+        )
+        return Sequences(tuple(rows), float(row_weights.sum()))
 
 
 def sequences_of(

@@ -30,6 +30,9 @@ IMPOSSIBLE = -1e200  # a sum that holds the logarithm of zero
 class Rows:
     """The data of all observations, in blocks, and their base measure.
 
+    ``weights`` has the rows last; where copies of a fit run as one, each may have its own (copies
+    by rows, :meth:`weighted`).
+
     Of the rows only those of ``index`` are taken, if it is given. Where masks hide none of them,
     ``mixture`` becomes the one that is given as ``unmasked``.
     """
@@ -88,6 +91,24 @@ class Rows:
         """What was found row by row, in the order of the data."""
         return by_row if self.patterns is None else by_row[self.patterns.back]
 
+    def weighted(self, weights: Tensor) -> Rows:
+        """The same rows under other weights: of each row, or of each copy and row."""
+        assert self.patterns is None or weights.dim() == 1
+        own = copy.copy(self)
+        own.__dict__.pop("measure", None)
+        own.weights = weights if self.patterns is None else weights[self.patterns.order]
+        own.weights = own.weights.to(self.device, self.dtype)
+        own.total = float(weights.sum())
+        if weights.dim() > 1:  # a block holds the joint states of all copies
+            numbers = BLOCK if self.device.type == "cpu" else BLOCK_ON_DEVICE
+            states = self.mixture.num_states * len(weights)
+            own.size = max(64, numbers // (2 * states + (self.features if not self.cached else 0)))
+        return own
+
+    def weights_of(self, start: int, stop: int) -> Tensor | None:
+        """The weights of a block's rows."""
+        return None if self.weights is None else self.weights[..., start:stop]
+
     def partial(self, params: Params) -> list[list[PartialSums]]:
         """For each group the sums over rows of which elements are missing, at some parameters."""
         if self.patterns is None:
@@ -144,13 +165,13 @@ class Rows:
         return total.expand(stop - start)
 
     @cached_property
-    def measure(self) -> float:
-        """The weighted sum of the base measure over all rows."""
-        total = 0.0
+    def measure(self) -> Tensor:
+        """The weighted sum of the base measure over all rows; one for each copy's weights."""
+        total = torch.zeros((), dtype=torch.float64)
         if any(column.has_measure for column in self.columns.values()):
             for start, stop in self.blocks():
-                weights = None if self.weights is None else self.weights[start:stop]
-                total += float(_sum(self.measure_of(start, stop), weights))
+                own = _sum(self.measure_of(start, stop), self.weights_of(start, stop))
+                total = total + own.cpu()
         return total
 
 
@@ -233,12 +254,12 @@ def log_joint_states(
 def normalise(joint: Tensor, weights: Tensor | None) -> Tensor:
     """``L`` (..., states, rows) to the (weighted) posterior ``R``, in place.
 
-    Returns the log-likelihoods (..., rows).
+    ``weights`` are (..., rows). Returns the log-likelihoods (..., rows).
     """
     most = joint.amax(-2, keepdim=True)
     joint.sub_(most).exp_()
     total = joint.sum(-2, keepdim=True)
-    joint.mul_(total.reciprocal() if weights is None else weights / total)
+    joint.mul_(total.reciprocal() if weights is None else weights.unsqueeze(-2) / total)
     return most.add_(total.log_()).squeeze(-2)
 
 
@@ -247,14 +268,14 @@ def expect(mixture: Mixture, chunks: Iterable[Rows], params: Params) -> Expected
     found: dict[bool, Coefficients] = {}
     totals = [Totals() for _ in mixture.groups]
     likelihoods: list[Tensor] = []
-    measured = 0.0
+    measured = torch.zeros((), dtype=torch.float64)
     statistics: dict[str, SiteStatistics] = {}
     for rows in chunks:
         stacked, partial = rows.cached is not None, rows.partial(params)
         if stacked not in found:
             found[stacked] = coefficients(mixture, params, stacked).to(rows.device)
         likelihoods += _add(mixture, rows, found[stacked], totals, partial)
-        measured += rows.measure
+        measured = measured + rows.measure
         _add_partial(statistics, partial, rows.dtype)
     likelihood = torch.zeros(()) if not likelihoods else likelihoods[0]
     if len(likelihoods) > 1:
@@ -293,7 +314,7 @@ def _add(
     """
     likelihoods, scratch = [], Scratch()
     for start, stop in rows.blocks():
-        weights = None if rows.weights is None else rows.weights[start:stop]
+        weights = rows.weights_of(start, stop)
         for g, group in enumerate(mixture.groups):
             phi, base = rows.phi(g, start, stop, scratch), found.base[g]
             out = scratch.empty(g, (len(base), stop - start), base)
@@ -452,8 +473,7 @@ def posteriors(
             _join(group, joint, partial[g], start, stop, scratch)
             by_row = by_row + normalise(joint, None)
             joints.append(joint)
-        weights = None if rows.weights is None else rows.weights[start:stop]
-        yield joints, by_row * mixture.scale, weights
+        yield joints, by_row * mixture.scale, rows.weights_of(start, stop)
 
 
 def marginals(mixture: Mixture, chunks: Iterable[Rows], params: Params) -> dict[str, Tensor]:

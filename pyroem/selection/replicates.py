@@ -23,8 +23,8 @@ from pyroem.structure import quoted
 Places = Mapping[str, tuple[int, Tensor]]
 
 
-def places_of(problem: Problem) -> Places:
-    """Where the observations of a program come from.
+def places_of(problem: Problem, what: str = "likelihood_ratio_test") -> Places:
+    """Where the observations of a program come from, for ``what``.
 
     Each tensor of the data is replaced by the numbers of its elements: an observation whose value
     then consists of such numbers is a part of that tensor. Of a chain it is the only tensor that
@@ -39,16 +39,16 @@ def places_of(problem: Problem) -> Places:
     structure = problem.structure
     if structure.imputed:
         raise SettingError(
-            "likelihood_ratio_test: expected assignments that are unknown, got"
+            f"{what}: expected assignments that are unknown, got"
             f" {quoted(structure.imputed)} with some known values."
         )
-    found = _of_chains(problem) if structure.chains else _of_rows(problem)
+    found = _of_chains(problem, what) if structure.chains else _of_rows(problem)
     lost = [name for name in structure.observations if name not in found]
     if structure.chains:
         lost = [name for name in lost if name not in structure.chained]
     if lost or not found:
         raise SettingError(
-            f"likelihood_ratio_test: expected every observation to be a part of one tensor of the"
+            f"{what}: expected every observation to be a part of one tensor of the"
             f" data, got {quoted(lost or structure.observations)}, which is computed, or whose"
             " tensor cannot be told."
         )
@@ -57,7 +57,7 @@ def places_of(problem: Problem) -> Places:
         if len(taken.unique()) < len(taken):
             names = [name for name, (j, _) in found.items() if j == i]
             raise SettingError(
-                f"likelihood_ratio_test: expected observations that share no data, got"
+                f"{what}: expected observations that share no data, got"
                 f" {quoted(names)} of one tensor's elements."
             )
     return found
@@ -88,7 +88,7 @@ def _of_rows(problem: Problem) -> Places:
     return found
 
 
-def _of_chains(problem: Problem) -> Places:
+def _of_chains(problem: Problem, what: str) -> Places:
     structure = problem.structure
     program = structure.program
     leaves = tree_flatten((program.args, program.kwargs))[0]
@@ -104,7 +104,7 @@ def _of_chains(problem: Problem) -> Places:
         ]
         if len(like) != 1:
             raise SettingError(
-                f"likelihood_ratio_test: expected one tensor of shape {tuple(drawn[name].shape)}"
+                f"{what}: expected one tensor of shape {tuple(drawn[name].shape)}"
                 f" that holds the observations '{name}', got {len(like)}."
             )
         found[name] = (like[0], torch.arange(drawn[name].numel()).reshape(drawn[name].shape))
