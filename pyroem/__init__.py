@@ -2,6 +2,7 @@
 
 from pyroem._pyro import markov
 from pyroem.api import e_step, expected_log_joint, log_joint
+from pyroem.benchmark import Benchmark, BenchmarkRow, benchmark
 from pyroem.blocks import Blocks, blocks
 from pyroem.compare import Comparison, Row, Study, compare
 from pyroem.em import EM
@@ -31,6 +32,8 @@ __all__ = [
     "MAP",
     "SVI",
     "Approximation",
+    "Benchmark",
+    "BenchmarkRow",
     "Blocks",
     "Candidate",
     "Comparison",
@@ -52,6 +55,7 @@ __all__ = [
     "StepwiseEM",
     "Study",
     "Uncertainty",
+    "benchmark",
     "blocks",
     "compare",
     "e_step",
