@@ -30,7 +30,7 @@ def counts(seed: int) -> tuple[Any, Tensor]:
     return poisson_mixture(2), torch.poisson(rate, generator=generator).unsqueeze(-1)
 
 
-PROBLEMS = {"faithful": (gaussian_mixture(3), FAITHFUL), "counts": counts}
+PROBLEMS: dict[str, Any] = {"faithful": (gaussian_mixture(3), FAITHFUL), "counts": counts}
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,7 @@ class Interrupted(EM):
 
 def test_an_interrupt_keeps_what_is_there() -> None:
     solvers = {"EM": EM(), "interrupted": Interrupted(begun=([0],))}
-    problems = {"a": (poisson_mixture(2), counts(0)[1]), "b": counts}
+    problems: dict[str, Any] = {"a": (poisson_mixture(2), counts(0)[1]), "b": counts}
     before = signal.getsignal(signal.SIGINT)
     found = pyroem.benchmark(problems, solvers, seeds=4)
     assert signal.getsignal(signal.SIGINT) is before
