@@ -1,6 +1,6 @@
 """Data with holes: fitted as they are, without the incomplete rows, and with holes filled by means.
 
-A simulation with a third of all cells missing shows what each costs, against the truth; then the
+A simulation with a third of all cells missing shows what each costs, against the truth. Then the
 holes of ``airquality`` are filled, with draws that say how certain that is. Writes
 ``missing_values.png`` (needs matplotlib).
 """
@@ -20,12 +20,13 @@ COVARIANCE = 0.4 * torch.eye(4, dtype=torch.float64) + TILT.T @ TILT
 
 
 def simulate(size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The components of the rows, the whole rows, and the rows with holes."""
+    """Components, whole rows, and rows with holes: more where the first column is high."""
     generator = torch.Generator().manual_seed(0)
     z = torch.randint(2, (size,), generator=generator)
     noise = torch.randn(size, 4, generator=generator, dtype=torch.float64)
     whole = LOC[z] + noise @ torch.linalg.cholesky(COVARIANCE).T
-    missing = torch.rand(size, 4, generator=generator) < 1 / 3
+    missing = torch.rand(size, 4, generator=generator) < (whole[:, :1] - 1.5).sigmoid()
+    missing[:, 0] = False
     return z, whole, whole.masked_fill(missing, torch.nan)
 
 
