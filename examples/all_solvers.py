@@ -80,10 +80,10 @@ def main() -> None:
         "EM, SQUAREM": EM(accelerate="squarem", max_iter=20 if quick else 1000),
         "EM, Anderson": EM(accelerate="anderson", max_iter=20 if quick else 1000),
         "MAP, L-BFGS": MAP(max_iter=20 if quick else 1000),
-        "MAP, Adam": MAP("adam", max_iter=20 if quick else 3000),
-        "SVI, point": SVI(max_iter=20 if quick else 3000),
+        "MAP, Adam": MAP("adam", max_iter=20 if quick else 2500),
+        "SVI, point": SVI(max_iter=20 if quick else 2500),
     }
-    posed, seeds = problems(100 if quick else 1000), 1 if quick else 5
+    posed, seeds = problems(100 if quick else 800), 1 if quick else 5
     found = benchmark(posed, solvers, seeds=seeds, progress=True)
     print(found, end="\n\n")
     text = f"{found.to_markdown(wide=True)}\n{found.to_markdown()}"

@@ -2,9 +2,8 @@
 
 A clinic has a level of its own; patients are of two kinds, of which one waits longer. Levels are
 draws from a normal population whose mean and scale are learned, with a prior that keeps the scale
-off zero (Chung et al., 2013); they are summed out on a grid, since the joint mode of levels and
-scale shrinks too far. Against the truth: levels estimated clinic by clinic, and those that the
-population pulls in. Writes ``hierarchical.png`` (needs matplotlib).
+off zero (Chung et al., 2013); they are summed out on a grid, since their joint mode with the scale
+shrinks too far. Against the truth: levels by clinic, without and with the population.
 """
 
 import argparse
@@ -57,11 +56,12 @@ def picture(truth: Tensor, alone: Tensor, together: Tensor, size: Tensor) -> Non
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    axes.vlines(size, alone - truth, together - truth, color="0.8")
     axes.scatter(size, alone - truth, color="#D55E00", marker="s", s=18, label="clinic by clinic")
     axes.scatter(size, together - truth, color="#0072B2", s=18, label="with the population")
     axes.axhline(0, color="0.4", linewidth=0.8)
-    axes.set(xscale="log", xlabel="patients seen", ylabel="estimated level less truth (minutes)")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set(xlabel="patients seen", ylabel="estimated level less truth (minutes)")
     axes.legend()
     figure.savefig("hierarchical.png", dpi=150)
     print("hierarchical.png written")
@@ -86,13 +86,9 @@ def main() -> None:
     for i in range(0, len(truth), len(truth) // 10):
         print(f"{size[i]:8}  {truth[i]:6.1f}  {alone[i]:16.1f}  {together[i]:19.1f}")
     print("\nroot mean squared error of the levels (minutes)")
-    for name, own in (
-        ("up to 5 patients", size <= 5),
-        ("6 or more", size > 5),
-        ("all clinics", size > 0),
-    ):
+    for name, own in (("up to 5", size <= 5), ("6 or more", size > 5), ("all", size > 0)):
         errors = [(f - truth)[own].square().mean().sqrt() for f in (alone, together)]
-        print(f"{name:17s}{errors[0]:5.2f} alone, {errors[1]:5.2f} together")
+        print(f"{name:9s} patients: {errors[0]:5.2f} alone, {errors[1]:5.2f} together")
     known = {"mean": MEAN, "scale": SCALE, "extra": EXTRA, "noise": NOISE, "share": SHARE}
     print("\n", ", ".join(f"{n} {float(fit.params[n]):.2f} ({v:g})" for n, v in known.items()))
     if find_spec("matplotlib") is not None:
