@@ -57,7 +57,8 @@ def problems(size: int) -> dict[str, Posed | Callable[[int], Posed]]:
     lines = (torch.tensor([[0.0, 1.0], [1.0, -1.0]])[z] * design).sum(-1) + 0.4 * noise[:, 1]
     common = torch.tensor([1.0, -1.0, 2.0, 1.0]) * noise[:, :1]
     factors = common + 0.5 * noise.flip(0) + 3 * z[:, None] * torch.tensor([1, 0, 0, 1])
-    heavy = noise[:, :2] / noise[:, 2:3].abs().sqrt() + 4 * z[:, None]
+    heavy = (noise[:, :2] / noise[:, 2:3].abs().sqrt() + 4 * z[:, None])[: size // 2]
+    groups = 4.0 * torch.randint(-1, 2, (size,), generator=generator) + noise[:, 0]
     return {
         "Gaussian mixture, 2 clusters": (models.gaussian_mixture(2), faithful),
         "Gaussian mixture, 3 that overlap": (models.gaussian_mixture(3, "tied"), faithful),
@@ -65,7 +66,7 @@ def problems(size: int) -> dict[str, Posed | Callable[[int], Posed]]:
         "Poisson mixture": (models.poisson_mixture(2), counts),
         "Mixture of regressions": (models.mixture_of_regressions(2), design, lines),
         "Hidden Markov model": (models.hidden_markov(3, "poisson"), earthquakes),
-        "Hierarchical priors": (hierarchical, 4 * z - 2 + noise[:, 0]),
+        "Hierarchical priors": (hierarchical, groups),
         "Factor analysers": (factor_analysers, factors),
         "Student's t mixture": (models.student_t_mixture(2), heavy),
     }
