@@ -1,8 +1,8 @@
 """A mixture as an estimate of a density: 200 rows from N(2, 1) and 600 from N(-1, 0.8).
 
-Twenty iterations of EM from a random start (two of the rows as means), with the log-likelihood of each; the mixture's density against a kernel
-density estimate and the truth, judged by the held-out rows. Writes ``density_estimation.png``
-(needs matplotlib).
+Twenty iterations of EM from a random start (two of the rows as means), with the log-likelihood of
+each; the mixture's density against a kernel density estimate and the truth, judged by held-out
+rows. Writes ``density_estimation.png`` (needs matplotlib).
 """
 
 import argparse

@@ -1,9 +1,9 @@
 """What EM climbs: the log-likelihood of 0.3 N(1, 2) + 0.7 N(9, 3) along each of its parameters.
 
 Each of the five parameters varies with the rest at the truth; then all five are found at once by
-EM from a random start (two of the rows as means), in 40 iterations. A start that ends in a poor local optimum (a spike on a
-few rows that happen to lie close), and restarts that mend it. Writes ``likelihood_profiles.png``
-(needs matplotlib).
+EM from a random start (two of the rows as means), in 40 iterations. A start that ends in a poor
+local optimum (a spike on a few rows that happen to lie close), and restarts that mend it. Writes
+``likelihood_profiles.png`` (needs matplotlib).
 """
 
 import argparse

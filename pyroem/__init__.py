@@ -2,6 +2,7 @@
 
 from pyroem._pyro import markov
 from pyroem.api import e_step, expected_log_joint, likelihood_curve, log_joint
+from pyroem.benchmark import Benchmark, BenchmarkRow, benchmark
 from pyroem.blocks import Blocks, blocks
 from pyroem.bootstrap import Bootstrap, bootstrap
 from pyroem.compare import Comparison, Row, Study, compare
@@ -34,6 +35,8 @@ __all__ = [
     "MAP",
     "SVI",
     "Approximation",
+    "Benchmark",
+    "BenchmarkRow",
     "Blocks",
     "Bootstrap",
     "Candidate",
@@ -59,6 +62,7 @@ __all__ = [
     "Study",
     "Surface",
     "Uncertainty",
+    "benchmark",
     "blocks",
     "bootstrap",
     "compare",

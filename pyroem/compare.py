@@ -10,19 +10,19 @@ from itertools import islice
 from typing import Any, overload
 
 import torch
-from torch import Tensor
 
 from pyroem._pyro import isolated
 from pyroem.comparison import Comparison, Row, Study, StudyRow, quartiles
 from pyroem.em import EM
-from pyroem.errors import ModelError, SettingError
+from pyroem.errors import ModelError, PyroemError, SettingError
 from pyroem.fit import Fit
 from pyroem.gradient import MAP
 from pyroem.interrupt import deferred, pressed
 from pyroem.loop import Status, rank
-from pyroem.matching import Matcher, canonical
+from pyroem.matching import parameter_difference
 from pyroem.problem import Problem
 from pyroem.progress import Progress
+from pyroem.race import Start
 from pyroem.solver import Solver
 from pyroem.starts import starts
 from pyroem.structure import Params
@@ -93,11 +93,46 @@ def compare(
     SettingError
         Where ``solvers`` is not a mapping of names to solvers; else as ``Solver.fit``.
     """
+    chosen = checked(solvers, default_solvers)
+    if seeds is None:
+        fits, problems = fit_all(
+            model,
+            args,
+            kwargs,
+            chosen,
+            init=init,
+            restarts=restarts,
+            seed=seed,
+            weights=weights,
+        )
+        return tabulate(fits, problems, chosen)
+    check_seeds(seeds)
+    found: dict[int, Comparison] = {}
+    for number in range(seed, seed + seeds):
+        found[number] = compare(
+            model,
+            *args,
+            solvers=chosen,
+            init=init,
+            restarts=restarts,
+            seed=number,
+            weights=weights,
+            **kwargs,
+        )
+        if cut_short(found[number]):
+            break
+    return study(found, near)
+
+
+def checked(
+    solvers: Mapping[str, Solver] | None, default: Callable[[], dict[str, Solver]]
+) -> dict[str, Solver]:
+    """The solvers by name, or the default ones. Raises SettingError where they are none."""
     if solvers is not None and not isinstance(solvers, Mapping):
         raise SettingError(
             f"solvers: expected a dict of names to solvers, got {type(solvers).__name__}."
         )
-    chosen = dict(default_solvers() if solvers is None else solvers)
+    chosen = dict(default() if solvers is None else solvers)
     if not chosen:
         raise SettingError("solvers: expected at least one solver, got none.")
     for name, solver in chosen.items():
@@ -106,79 +141,116 @@ def compare(
                 f"solvers: '{name}' must be a solver such as EM() or MAP(), got"
                 f" {type(solver).__name__}."
             )
-    if seeds is not None:
-        if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
-            raise SettingError(f"seeds: expected a positive integer, got {seeds!r}.")
+    return chosen
 
-        def once(number: int) -> Comparison:
-            found: Comparison = compare(
-                model,
-                *args,
-                solvers=chosen,
-                init=init,
-                restarts=restarts,
-                seed=number,
-                weights=weights,
-                **kwargs,
-            )
-            return found
 
-        return _study(once, range(seed, seed + seeds), near)
+def check_seeds(seeds: Any) -> None:
+    """Raise SettingError unless ``seeds`` is a number of seeds."""
+    if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
+        raise SettingError(f"seeds: expected a positive integer, got {seeds!r}.")
+
+
+def cut_short(found: Comparison) -> bool:
+    """Whether an interrupt ended the comparison early."""
+    return bool(found.missing) or any(
+        fit.status is Status.INTERRUPTED for fit in found.fits.values()
+    )
+
+
+def fit_all(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    solvers: Mapping[str, Solver],
+    *,
+    init: Any = "auto",
+    restarts: int = 1,
+    seed: int = 0,
+    weights: Any = None,
+    errors: dict[str, str] | None = None,
+) -> tuple[dict[str, Fit], list[Problem]]:
+    """The fit of each solver from the same starts, and the problems that were posed for them.
+
+    Where ``errors`` is given, the text of a solver's PyroemError goes there, and the others go on.
+    An interrupt ends it with the fits so far.
+    """
     problems: dict[Any, Problem] = {}
     fits: dict[str, Fit] = {}
-    common = None
+    common: list[Start] = []
+
+    def one(solver: Solver) -> Fit:
+        key = (solver.dtype, solver.fixed, solver.floor, solver.engine, str(solver.device))
+        if key not in problems:
+            problems[key] = solver.pose(model, args, kwargs, weights, init=init)
+        problem = problems[key]
+        solver.check(problem)
+        with isolated(solver.dtype, seed):
+            if not common:
+                show = Progress("", any(s.progress for s in solvers.values()))
+                common.extend(islice(starts(problem, init, restarts, seed, show), restarts))
+                show.close()
+            own = [replace(s, params=_cast(s.params, solver.dtype)) for s in common]
+            with suppress(ModelError, torch.linalg.LinAlgError):  # the run itself will say so
+                solver.begin(problem, own[0].params)  # what is made once is not on the clock
+            return solver.solve(problem, own, restarts)
+
     with deferred():
-        for name, solver in chosen.items():
-            key = (solver.dtype, solver.fixed, solver.floor, solver.engine, str(solver.device))
-            if key not in problems:
-                problems[key] = solver.pose(model, args, kwargs, weights, init=init)
-            problem = problems[key]
-            solver.check(problem)
-            with isolated(solver.dtype, seed):
-                if common is None:
-                    show = Progress("", any(s.progress for s in chosen.values()))
-                    common = list(islice(starts(problem, init, restarts, seed, show), restarts))
-                    show.close()
-                own = [replace(s, params=_cast(s.params, solver.dtype)) for s in common]
-                with suppress(ModelError, torch.linalg.LinAlgError):  # the run itself will say so
-                    solver.begin(problem, own[0].params)  # what is made once is not on the clock
-                fits[name] = solver.solve(problem, own, restarts)
+        for name, solver in solvers.items():
+            try:
+                fits[name] = one(solver)
+            except PyroemError as error:
+                if errors is None:
+                    raise
+                errors[name] = str(error)
+                continue
             if fits[name].status is Status.INTERRUPTED or pressed():
                 break
-    widest = max(problems.values(), key=lambda p: torch.finfo(p.structure.program.dtype).bits)
+    return fits, list(problems.values())
+
+
+def tabulate(fits: dict[str, Fit], problems: Iterable[Problem], names: Iterable[str]) -> Comparison:
+    """The table of some fits of one problem, judged in the highest precision of all.
+
+    ``names`` are those of the solvers that were asked for.
+    """
+    widest = max(problems, key=lambda p: torch.finfo(p.structure.program.dtype).bits)
     values = {name: _value(fit, widest) for name, fit in fits.items()}
     best = max(fits, key=lambda name: rank(fits[name].status, values[name][0]))
     rows = [
         _row(name, fit, fits[best], values[name], values[best][0]) for name, fit in fits.items()
     ]
-    return Comparison(rows, fits, best, tuple(name for name in chosen if name not in fits))
+    return Comparison(rows, fits, best, tuple(name for name in names if name not in fits))
 
 
-def _study(once: Callable[[int], Comparison], seeds: Iterable[int], near: float) -> Study:
-    found: dict[int, Comparison] = {}
-    for number in seeds:
-        found[number] = once(number)
-        cut = any(f.status is Status.INTERRUPTED for f in found[number].fits.values())
-        if found[number].missing or cut:
-            break
+def study(found: dict[int, Comparison], near: float, *, alike: bool = True) -> Study:
+    """What comparisons from several seeds have in common.
+
+    ``alike`` says that all are of the same data, so that there is one best objective. Otherwise
+    each run is held against the best of its own seed.
+    """
     every = [(c, row) for c in found.values() for row in c.rows]
     top, best = max(
         every, key=lambda pair: rank(pair[0].fits[pair[1].name].status, pair[1].log_joint)
     )
     reference = top.fits[best.name]
+    result = Study([], found, best.log_joint if alike else None, near)
+
+    def difference(fit: Fit, row: Row) -> float:
+        return parameter_difference(fit, reference) if alike else row.parameter_difference
+
     rows = []
     for name in dict.fromkeys(row.name for _, row in every):
         own = [(c.fits[name], row) for c, row in every if row.name == name]
-        differences = [parameter_difference(fit, reference) for fit, _ in own]
+        differences = [difference(fit, row) for fit, row in own]
         told = [x for x in differences if not math.isnan(x)]
         lines = [row for _, row in own]
         rows.append(
             StudyRow(
                 name,
                 len(own),
-                sum(best.log_joint - row.log_joint <= near for row in lines) / len(own),
+                sum(map(result.reached, lines)) / len(own),
                 sum(row.converged for row in lines) / len(own),
-                quartiles([best.log_joint - row.log_joint for row in lines]),
+                quartiles([result.gap(row) for row in lines]),
                 quartiles([row.iterations for row in lines]),
                 quartiles([row.passes for row in lines]),
                 quartiles([row.seconds for row in lines]),
@@ -188,7 +260,7 @@ def _study(once: Callable[[int], Comparison], seeds: Iterable[int], near: float)
                 len(own) - len(told),
             )
         )
-    return Study(rows, found, best.log_joint, near)
+    return replace(result, rows=rows)
 
 
 def _cast(params: Params, dtype: torch.dtype) -> Params:
@@ -221,42 +293,16 @@ def _row(name: str, fit: Fit, best: Fit, value: tuple[float, float], highest: fl
     )
 
 
-def parameter_difference(fit: Fit, reference: Fit) -> float:
-    """The largest relative difference of any parameter, after the states are matched.
-
-    ``max |a - b| / max |b|`` over the elements of a parameter, the largest over the parameters.
-    NaN where it cannot be told which states are which (:class:`~pyroem.matching.Matcher`).
-    """
-    if fit is reference:
-        return 0.0
-    problem = reference.problem
-    matched = Matcher(problem, reference.params)(fit.params)
-    if matched.unclear:
-        return math.nan
-    own, other = canonical(problem, reference.params), canonical(problem, matched.params)
-    return max((_relative(other[n], own[n]) for n in own if own[n].numel()), default=0.0)
-
-
-def _relative(value: Tensor, reference: Tensor) -> float:
-    gap, size = float((value - reference).abs().max()), float(reference.abs().max())
-    return gap / size if size > 0 else gap
-
-
-def match(fit: Fit, reference: Fit) -> Params:
-    """The parameters of ``fit``, its states renamed as those of ``reference``.
-
-    States are paired to agree on as many rows as possible (the Hungarian algorithm on the overlap
-    of the posteriors).
-    """
-    return Matcher(reference.problem, reference.params)(fit.params).params
-
-
 __all__ = [
     "Comparison",
     "Row",
     "Study",
+    "check_seeds",
+    "checked",
     "compare",
+    "cut_short",
     "default_solvers",
-    "match",
-    "parameter_difference",
+    "fit_all",
+    "study",
+    "tabulate",
 ]

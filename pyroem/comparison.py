@@ -155,15 +155,27 @@ class Study:
     comparisons
         By seed.
     best
-        The highest objective of a healthy fit, over all seeds and solvers.
+        The highest objective of a healthy fit, over all seeds and solvers; None where every seed
+        has data of its own, so that each run is held against the best of its seed.
     near
         How close to it (in nats) counts as reaching it.
     """
 
     rows: list[StudyRow]
     comparisons: dict[int, Comparison]
-    best: float
+    best: float | None
     near: float
+
+    def gap(self, row: Row) -> float:
+        """The best objective less that of a row of one of the comparisons."""
+        return row.gap if self.best is None else self.best - row.log_joint
+
+    def reached(self, row: Row) -> bool:
+        """Whether a row of one of the comparisons reached the best objective.
+
+        A collapse may lie above the best of the healthy fits: it has not reached it.
+        """
+        return abs(self.gap(row)) <= self.near
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings: the rows, and every seed's comparison."""
@@ -182,7 +194,7 @@ class Study:
         """One line for each seed and solver, as a data frame. Needs pandas."""
         return as_frame(
             [
-                {"seed": seed, **asdict(row), "gap_to_best": self.best - row.log_joint}
+                {"seed": seed, **asdict(row), "gap_to_best": self.gap(row)}
                 for seed, found in self.comparisons.items()
                 for row in found.rows
             ]
@@ -210,10 +222,10 @@ class Study:
 
     def __str__(self) -> str:
         count = len(self.comparisons)
-        note = (
-            f"{count} starts; median [quartiles]; best: within {self.near:g} nats of"
-            f" {self.best:.6f}, the highest objective of all"
-        )
+        best = "the best of its seed"
+        if self.best is not None:
+            best = f"{self.best:.6f}, the highest objective of all"
+        note = f"{count} starts; median [quartiles]; best: within {self.near:g} nats of {best}"
         return in_columns(self._cells(), {0}, note)
 
     def __repr__(self) -> str:
@@ -255,11 +267,12 @@ def in_columns(table: list[list[str]], left: set[int], note: str = "") -> str:
     return "\n".join([head, rule, *lines, *([note] if note else [])])
 
 
-def in_html(table: list[list[str]]) -> str:
-    """A table as HTML."""
+def in_html(table: list[list[str]], note: str = "") -> str:
+    """A table as HTML, with a note below."""
     head, *body = table
     cell = "".join(f"<th>{html.escape(c)}</th>" for c in head)
     rows = "".join(
         "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in body
     )
-    return f"<table><thead><tr>{cell}</tr></thead><tbody>{rows}</tbody></table>"
+    below = "".join(f"<p>{html.escape(line)}</p>" for line in note.splitlines())
+    return f"<table><thead><tr>{cell}</tr></thead><tbody>{rows}</tbody></table>{below}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,6 +17,9 @@ from pyroem.estep.kernel import marginals
 from pyroem.problem import Problem
 from pyroem.structure import Params
 from pyroem.symmetry import StateGroup, permute
+
+if TYPE_CHECKING:
+    from pyroem.fit import Fit
 
 CLEAR = 0.2  # the least cosine between the contrasts of states that are paired clearly
 
@@ -96,6 +101,36 @@ def paired(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         noise = 1e-12 * max(np.trace(own), np.trace(other))
         clear.append(bool(gap > max(least, noise)))
     return torch.as_tensor(order), torch.tensor(clear)
+
+
+def parameter_difference(fit: Fit, reference: Fit) -> float:
+    """The largest relative difference of any parameter, after the states are matched.
+
+    ``max |a - b| / max |b|`` over the elements of a parameter, the largest over the parameters.
+    NaN where it cannot be told which states are which (:class:`~pyroem.matching.Matcher`).
+    """
+    if fit is reference:
+        return 0.0
+    problem = reference.problem
+    matched = Matcher(problem, reference.params)(fit.params)
+    if matched.unclear:
+        return math.nan
+    own, other = canonical(problem, reference.params), canonical(problem, matched.params)
+    return max((_relative(other[n], own[n]) for n in own if own[n].numel()), default=0.0)
+
+
+def _relative(value: Tensor, reference: Tensor) -> float:
+    gap, size = float((value - reference).abs().max()), float(reference.abs().max())
+    return gap / size if size > 0 else gap
+
+
+def match(fit: Fit, reference: Fit) -> Params:
+    """The parameters of ``fit``, its states renamed as those of ``reference``.
+
+    States are paired to agree on as many rows as possible (the Hungarian algorithm on the overlap
+    of the posteriors).
+    """
+    return Matcher(reference.problem, reference.params)(fit.params).params
 
 
 def canonical(problem: Problem, params: Params) -> Params:

@@ -22,6 +22,13 @@ def aligned(table: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> lis
     ]
 
 
+def in_markdown(table: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> str:
+    """A table in GitHub's Markdown, its first row the head."""
+    escaped = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in table]
+    rule = ["---" if i in left else "---:" for i in range(len(table[0]))]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [escaped[0], rule, *escaped[1:]])
+
+
 def plain(value: Any) -> Any:
     """For JSON: tensors and arrays become lists, numbers that are not finite become null."""
     if isinstance(value, Tensor | np.ndarray | np.generic):

@@ -19,10 +19,9 @@ from torch.distributions import constraints
 from pyroem import EM, MAP, Bootstrap, ModelError, SettingError, blocks, bootstrap, compare
 from pyroem.batch import Batch, no_batch, stack
 from pyroem.bootstrap import dirichlet
-from pyroem.compare import match, parameter_difference
 from pyroem.estep.engine import MixtureEngine
 from pyroem.fit import Fit
-from pyroem.matching import paired
+from pyroem.matching import match, paired, parameter_difference
 from pyroem.models import (
     gaussian_mixture,
     hidden_markov,

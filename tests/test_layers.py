@@ -41,7 +41,7 @@ LAYERS: list[set[str]] = [
     {"variational"},
     {"api", "compare", "selection"},
     {"bootstrap"},
-    {"plot", "estimators"},
+    {"plot", "estimators", "benchmark"},
     {"report"},
     {"__init__"},
     {"cli"},
