@@ -130,3 +130,27 @@ def test_what_is_not_supported_is_refused_and_told() -> None:
     for program in UNSUPPORTED:
         with pytest.raises(ModelError):
             EM().fit(program, X)
+
+
+def test_the_first_example_runs_and_draws_its_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    code = README.split("## A first fit")[1].split("```python\n")[1].split("```")[0]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 15
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    torch.manual_seed(0)
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["fit"].converged
+    picture = re.search(r"!\[.*\]\(examples/(.*)\)", README)
+    assert picture and (tmp_path / picture[1]).stat().st_size > 1000
+    assert (Path(__file__).parents[1] / "examples" / picture[1]).exists()
+
+
+def test_every_example_is_in_the_table() -> None:
+    named = set(re.findall(r"`(\w+\.py)`", README.split("## Examples")[1].split("## Limits")[0]))
+    scripts = {path.name for path in (Path(__file__).parents[1] / "examples").glob("*.py")}
+    assert named - {"problems.py", "test_laws.py"} == scripts
