@@ -9,6 +9,7 @@ beside the truth, as far as standard errors let it.
 
 import argparse
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import pyro
 import pyro.distributions as dist
@@ -77,6 +78,16 @@ def main() -> None:
     against_the_truth(fits[2], segment)
     by_gradient = pyroem.MAP().fit(segments(best.params["level"].numel()), *data, init=best)
     print(f"MAP from there gains {by_gradient.log_joint - best.log_joint:.1e} nats")
+    if find_spec("matplotlib") is not None:
+        import matplotlib.pyplot as plt
+
+        from pyroem import plot
+
+        figure, (left, right) = plt.subplots(1, 2, figsize=(7.5, 2.9), layout="constrained")
+        plot.program(fits[2], left)
+        plot.density(fits[2], ax=right)
+        figure.savefig("custom_model.png", dpi=200)
+        print("custom_model.png written")
 
 
 if __name__ == "__main__":
