@@ -53,14 +53,13 @@ def curvature(fit: pyroem.Fit, x: Tensor, strength: Tensor) -> None:
 
 def influence(fit: pyroem.Fit, x: Tensor, strength: Tensor) -> None:
     """What each row does to each parameter: derivatives, and a refit without the strongest."""
-    weights = torch.ones(len(x), dtype=x.dtype).requires_grad_()
+    weights = torch.ones(len(x), dtype=x.dtype, requires_grad=True)
     params = pyroem.implicit(fit, x, strength, weights=weights)
     flat = torch.cat([params[n].reshape(-1) for n in ("loc", "scale", "weights")])
     slopes = torch.stack([torch.autograd.grad(p, weights, retain_graph=True)[0] for p in flat])
     print("element  row  without it: by the derivative   refitted")
     for i, row in enumerate(slopes.abs().argmax(1).tolist()):
-        rest = torch.ones(len(x), dtype=x.dtype)
-        rest[row] = 0
+        rest = (torch.arange(len(x)) != row).to(x)
         again = SOLVER.fit(model, x, strength, init=fit, weights=rest).params
         own = torch.cat([again[n].reshape(-1) for n in ("loc", "scale", "weights")])
         print(f"{i:7} {row:4} {-slopes[i, row]:29.5f} {own[i] - flat[i]:10.5f}")
@@ -71,7 +70,6 @@ def influence(fit: pyroem.Fit, x: Tensor, strength: Tensor) -> None:
         own = slopes[0] / slopes[0].abs().max()
         dots = ax.scatter(*x.T, c=own, cmap="PuOr", vmin=-1, vmax=1, s=16, edgecolors="0.6", lw=0.3)
         figure.colorbar(dots, label="influence on loc[0, 0], of the largest")
-        ax.set(xlabel="eruption", ylabel="waiting time")
         figure.savefig("autodiff.png", dpi=200)
 
 
@@ -93,9 +91,8 @@ def main() -> None:
     x = x[::2] if parser.parse_args().quick else x
     strength = torch.tensor(1.0, dtype=x.dtype)
     fit = SOLVER.fit(model, x, strength).ordered("loc")
-    curvature(fit, x, strength)
-    influence(fit, x, strength)
-    sensitivity(fit, x, strength)
+    for part in (curvature, influence, sensitivity):
+        part(fit, x, strength)
 
 
 if __name__ == "__main__":
