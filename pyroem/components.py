@@ -24,8 +24,7 @@ from torch import Tensor
 from pyroem._pyro import Enumerated, Incomplete, arranged, plate_frames, unwrap
 from pyroem.errors import DataError, ModelError, SettingError
 from pyroem.estep import decode
-from pyroem.estep.chain import chain_weights, lengths
-from pyroem.estep.trace import factor_weights
+from pyroem.estep.chain import site_weights
 from pyroem.sequences import observed
 from pyroem.structure import Params, Structure, quoted, seen_cells
 
@@ -231,13 +230,7 @@ def components(
         For an observation that has no such picture (its events are matrices, say).
     """
     run = structure.enumerate(params)
-    if structure.chains:
-        ends = {c.name: lengths(structure, run.trace.nodes, c) for c in structure.chains}
-        _, weights = chain_weights(structure, run, run.tensors(), ends, row_weights)
-    else:
-        _, weights = factor_weights(
-            run, run.tensors(), row_weights=row_weights, unit=structure.unit
-        )
+    _, weights = site_weights(structure, run, row_weights)
     known = sites(structure)
     if site is None and len(known) == 1:
         (site,) = known

@@ -15,7 +15,7 @@ import torch
 from pyro import distributions as dist
 from torch import Tensor
 
-from pyroem import imputation, sequences
+from pyroem import imputation, sequences, simulation
 from pyroem._pyro import Enumerated, isolated, unwrap
 from pyroem.blocks import is_source
 from pyroem.components import Components, components
@@ -23,10 +23,10 @@ from pyroem.constrained import Which
 from pyroem.curves import Curve, Surface, curve, surface
 from pyroem.errors import ModelError, SettingError
 from pyroem.estep import decode
-from pyroem.estep.chain import Potentials, chain_weights, lengths
+from pyroem.estep.chain import Potentials, site_weights
 from pyroem.estep.kernel import Rows, best_states, entropy, marginals, row_log_likelihoods
 from pyroem.estep.mixture import Mixture
-from pyroem.estep.trace import entropy_of_known, factor_weights, posterior
+from pyroem.estep.trace import entropy_of_known, posterior
 from pyroem.explain import describe
 from pyroem.loop import Record, Restart, Rule, Status
 from pyroem.mstep.blocks import Rung
@@ -34,7 +34,7 @@ from pyroem.problem import Problem, pose
 from pyroem.profiles import Profile, profile
 from pyroem.reading import on_other_sequences, read
 from pyroem.sequences import Filtered, Forecast
-from pyroem.structure import Held, Params, Structure, known_part, whole_of
+from pyroem.structure import Held, Params, Structure
 from pyroem.symmetry import permute
 from pyroem.uncertainty import Uncertainty, rate_matrix, uncertainty
 
@@ -370,43 +370,12 @@ class Fit:
         autoregression the observation before (a draw is then one step ahead of the data, no
         simulation of the whole).
         """
-        structure = self.problem.structure if n is None else self.problem.sample.structure
-        parts = {known_part(n): whole_of(n) for n in structure.imputed}
-        names = [*structure.assignments, *structure.observations]
-        names = [parts.get(n, n) for n in names]
         if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
             raise SettingError(f"sample: n must be a positive integer, got {n!r}.")
-        rows = structure.num_rows if structure.unit else 1
-        draws: dict[str, list[Tensor]] = {name: [] for name in names}
-        if structure.chains:
-            return self._draw_sequences(n, rows, seed)
-        with isolated(structure.program.dtype, seed), torch.no_grad():
-            for _ in range(1 if n is None else -(-n // rows)):
-                nodes = structure.program.run(self.params, observed=False).nodes
-                for name in names:
-                    if not isinstance(nodes[name]["fn"], dist.Unit):
-                        draws[name].append(_rows_first(structure, nodes[name], n is not None))
-        drawn = {name: parts for name, parts in draws.items() if parts}
-        if n is None:
-            return {name: parts[0] for name, parts in drawn.items()}
-        return {name: torch.cat(parts)[:n] for name, parts in drawn.items()}
-
-    def _draw_sequences(self, n: int | None, rows: int, seed: int) -> dict[str, Tensor]:
-        """Sequences as long as those of the data; ``n`` of them in the first dim."""
-        structure = self.problem.structure
-        count = 1 if n is None else -(-n // rows)
-        with isolated(structure.program.dtype, seed), torch.no_grad():
-            drawn = [sequences.draw(structure, self.params) for _ in range(count)]
-        if n is None:
-            return drawn[0]
-        if not structure.unit:
-            return {name: torch.stack([d[name] for d in drawn]) for name in drawn[0]}
-        rank = len(structure.unit)
-        joined = {
-            name: torch.cat([d[name].reshape((-1, *d[name].shape[rank:])) for d in drawn])
-            for name in drawn[0]
-        }
-        return {name: x[:n] for name, x in joined.items()}
+        problem = self.problem
+        whole = n is None or problem.structure.chains
+        structure = problem.structure if whole else problem.sample.structure
+        return simulation.draw(structure, self.params, n, seed)
 
     @property
     def df(self) -> int:
@@ -447,13 +416,7 @@ class Fit:
         with isolated(structure.program.dtype, 0), torch.no_grad():
             trace = structure.enumerate(self.params)
             tensors = trace.tensors()
-            if structure.chains:
-                ends = {c.name: lengths(structure, trace.trace.nodes, c) for c in structure.chains}
-                value, found = chain_weights(structure, trace, tensors, ends, weights)
-            else:
-                value, found = factor_weights(
-                    trace, tensors, row_weights=weights, unit=structure.unit
-                )
+            value, found = site_weights(structure, trace, weights)
             mean = sum(torch.where(w > 0, w * tensors[n], 0.0).sum() for n, w in found.items())
             known = entropy_of_known(structure, trace, found)
         return self.bic(rows) + 2 * float(value - mean - known)
@@ -686,22 +649,3 @@ def _as_distribution(site: Any, probs: Tensor) -> Any:
     if isinstance(base, dist.OneHotCategorical):
         return dist.OneHotCategorical(probs)
     return dist.Categorical(probs)
-
-
-def _rows_first(structure: Structure, site: Any, flatten: bool) -> Tensor:
-    """A site's draw with the rows' plates in front (flattened into one dim if asked)."""
-    frames = {f.name: f.dim for f in site["cond_indep_stack"] if f.vectorized}
-    value: Tensor = site["value"]
-    event = len(site["fn"].event_shape)
-    if not flatten:
-        return value
-    if not set(structure.unit) <= set(frames) or not structure.unit:
-        return value.unsqueeze(0)
-    full = site["fn"].batch_shape + site["fn"].event_shape
-    rank = len(full) - event
-    rows = [rank + frames[p] for p in structure.unit]
-    others = sorted(rank + dim for name, dim in frames.items() if name not in structure.unit)
-    idle = [i for i in range(rank) if i not in rows and i not in others]  # dims without a plate
-    moved = value.expand(full).permute(*rows, *others, *idle, *range(rank, len(full)))
-    kept = [full[i] for i in others] + list(full[rank:])
-    return moved.reshape((structure.num_rows, *kept))

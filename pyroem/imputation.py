@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyroem._pyro import Enumerated, Incomplete, align, unwrap
 from pyroem.errors import ModelError
-from pyroem.estep.chain import chain_weights, lengths
+from pyroem.estep.chain import site_weights
 from pyroem.estep.trace import factor_weights, marginal
 from pyroem.families.incomplete import conditional, conditional_draw
 from pyroem.sequences import all_steps, observed
@@ -26,11 +26,7 @@ def means(structure: Structure, params: Params) -> dict[str, Tensor]:
     probable category.
     """
     run, names, result = structure.enumerate(params), _names(structure), {}
-    if structure.chains:
-        ends = {c.name: lengths(structure, run.trace.nodes, c) for c in structure.chains}
-        _, weights = chain_weights(structure, run, run.tensors(), ends)
-    else:
-        _, weights = factor_weights(run, run.tensors())
+    _, weights = site_weights(structure, run)
     for chain in structure.chains:
         for name, *sites in observed(structure, chain):
             if set(sites) & set(names):

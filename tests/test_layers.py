@@ -30,7 +30,7 @@ LAYERS: list[set[str]] = [
     {"problem"},
     {"diagnose", "clustering", "batch", "shards", "derivatives", "matching"},
     {"guesses", "loop", "sequences", "uncertainty"},
-    {"together", "given", "imputation", "moves", "components", "curves"},
+    {"together", "given", "imputation", "moves", "components", "curves", "simulation"},
     {"race", "constrained"},
     {"starts", "accelerate", "stored", "profiles"},
     {"checkpoint", "verdict"},

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyroem._pyro import Enumerated, align, unwrap
 from pyroem.estep.scan import Chains, Smoothed, smooth
+from pyroem.estep.trace import factor_weights
 from pyroem.structure import Chain, Structure, base_mask
 
 
@@ -267,6 +268,17 @@ def chain_weights(
             value = value + part
         weights[name] = (weights[name] * run.scale).to(factor.tensor.dtype)
     return value * run.scale, weights
+
+
+def site_weights(
+    structure: Structure, run: Enumerated, row_weights: Tensor | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The log-likelihood and the posterior weights of every factor, with chains or without."""
+    tensors = run.tensors()
+    if not structure.chains:
+        return factor_weights(run, tensors, row_weights=row_weights, unit=structure.unit)
+    ends = {chain.name: lengths(structure, run.trace.nodes, chain) for chain in structure.chains}
+    return chain_weights(structure, run, tensors, ends, row_weights)
 
 
 def weights_given(
