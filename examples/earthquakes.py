@@ -34,7 +34,8 @@ def picture(fit: pyroem.Fit, years: torch.Tensor, counts: torch.Tensor, path: st
     """The counts with the rate of the most probable states; the probabilities of the states."""
     import matplotlib.pyplot as plt
 
-    figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(9, 6))
+    size = {"figsize": (9, 6), "layout": "constrained"}
+    figure, (above, below) = plt.subplots(2, 1, sharex=True, **size)
     above.plot(years, counts, color="0.6", marker=".", linewidth=0.8)
     above.step(years, fit.params["rate"][fit.predict()], where="mid", color="tab:red")
     above.set_ylabel("earthquakes")
@@ -45,6 +46,7 @@ def picture(fit: pyroem.Fit, years: torch.Tensor, counts: torch.Tensor, path: st
     below.set_xlabel("year")
     below.set_ylim(0, 1)
     figure.savefig(path)
+    print(f"{path} written")
 
 
 def main() -> None:

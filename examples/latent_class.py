@@ -35,8 +35,11 @@ def main() -> None:
     print(table, end="\n\n")
     fit = table.fits[table.best]
     print(fit.explain(), end="\n\n")
-    for weight, yes in zip(fit.params["weights"], fit.params["yes"], strict=True):
-        print(f"{float(weight):.3f}", [f"{p:.2f}" for p in yes.tolist()])
+    print("class  share  probability of yes to each item, and the truth of the nearest class")
+    order = torch.cdist(fit.params["yes"], truth.double()).argmin(1)
+    for k, (weight, yes) in enumerate(zip(fit.params["weights"], fit.params["yes"], strict=True)):
+        own, near = (" ".join(f"{p:.2f}" for p in v.tolist()) for v in (yes, truth[order[k]]))
+        print(f"{k:5d}  {float(weight):.3f}  {own}   {near}")
 
 
 if __name__ == "__main__":

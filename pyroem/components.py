@@ -1,12 +1,13 @@
 """What a fitted program says of one observation, state by state: densities and moments.
 
-With ``w[n, k]`` the posterior probability of state ``k`` in row ``n`` and ``p(v | k, n)`` the
-distribution of the observation there, the component ``k`` of the data as a whole is
+With ``p(k | n)`` the probability of state ``k`` in row ``n`` before anything is seen, ``p(v | k,
+n)`` the distribution of the observation there and ``w[n]`` the weight of the row, the component
+``k`` of the data as a whole is
 
-    sum_n w[n, k] p(v | k, n) / sum_n w[n, .]
+    sum_n w[n] p(k | n) p(v | k, n) / sum_n w[n]
 
-whose sum over ``k`` is the fitted density of the observation. Where the arguments do not vary along
-the rows it is ``share[k] p(v | k)``: a mixture's own component.
+whose sum over ``k`` is the fitted density of the observation. Where nothing varies along the rows
+it is ``p(k) p(v | k)``: a mixture's own component.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from pyroem.errors import DataError, ModelError, SettingError
 from pyroem.estep import decode
 from pyroem.estep.chain import site_weights
 from pyroem.sequences import observed
-from pyroem.structure import Params, Structure, quoted, seen_cells
+from pyroem.structure import Params, Structure, quoted, seen_cells, whole_of
 
 MOST_ROWS = 1000  # rows whose own distributions are averaged, where they differ
 
@@ -41,15 +42,16 @@ class _Part:
     base: Any
     values: Tensor
     weights: Tensor
+    priors: Tensor
     rows: Tensor | None
 
     @property
     def own(self) -> Tensor:
-        """The weights of the rows whose distributions ``base`` has: they add up to all of them."""
+        """``w[n] p(k | n)`` of the rows whose distributions ``base`` has; they add up to all."""
         if self.rows is None:
-            return self.weights.sum(0, keepdim=True)
-        chosen = self.weights[self.rows]
-        return chosen * (self.weights.sum() / chosen.sum().clamp(min=1e-300))
+            return self.priors.sum(0, keepdim=True)
+        chosen = self.priors[self.rows]
+        return chosen * (self.priors.sum() / chosen.sum().clamp(min=1e-300))
 
     @cached_property
     def moments(self) -> tuple[Tensor, Tensor]:
@@ -65,8 +67,12 @@ class _Part:
         except NotImplementedError:
             variance = mean = torch.full((*batch, d), torch.nan)
         matrix = getattr(self.base, "covariance_matrix", None)
+        if matrix is None and self.base.event_shape:
+            matrix = _covariance_of_shares(self.base)
         if matrix is None:
             matrix = torch.diag_embed(variance.expand(*batch, d))
+            if self.base.event_shape:  # not independent, but how is not known
+                matrix = torch.where(matrix > 0, matrix, torch.nan)
         return mean.expand(*batch, d), matrix.expand(*batch, d, d)
 
     def column(self, at: int) -> Any | None:
@@ -81,7 +87,7 @@ class _Part:
             scale = (base.scale_tril @ base.scale_tril.mT)[..., at, at].sqrt()
             return dist.StudentT(base.df, base.loc[..., at], scale)
         if loc is None or scatter is None:
-            return None
+            return _column_of_shares(base, at)
         return dist.Normal(loc[..., at], scatter[..., at, at].sqrt())
 
 
@@ -100,6 +106,10 @@ class Components:
     weights
         The posterior probability of each state in each row times the row's weight, ``[N, K]``; zero
         in rows that show nothing.
+    priors
+        The same before anything is seen: the probabilities by the parameters (and covariates).
+    rows
+        How many rows there are; of large data ``values`` has some of them.
     discrete
         Whether the observation is a count or a category.
     """
@@ -107,6 +117,7 @@ class Components:
     name: str
     labels: tuple[str, ...]
     parts: tuple[_Part, ...]
+    rows: int
 
     @cached_property
     def values(self) -> Tensor:
@@ -117,6 +128,11 @@ class Components:
     def weights(self) -> Tensor:
         """See the class."""
         return torch.cat([part.weights for part in self.parts])
+
+    @cached_property
+    def priors(self) -> Tensor:
+        """See the class."""
+        return torch.cat([part.priors for part in self.parts])
 
     @property
     def discrete(self) -> bool:
@@ -129,9 +145,21 @@ class Components:
         return isinstance(self.parts[0].base, dist.Bernoulli | dist.Categorical)
 
     @property
+    def circular(self) -> bool:
+        """Whether its values are angles, from minus pi to pi."""
+        return isinstance(self.parts[0].base, dist.VonMises)
+
+    @property
     def varies(self) -> bool:
         """Whether rows differ in their distribution, by covariates say."""
         return any(part.rows is not None for part in self.parts)
+
+    @cached_property
+    def varying_shares(self) -> bool:
+        """Whether rows differ in the probabilities of their states, by a gate say."""
+        total = self.priors.sum(1, keepdim=True)
+        own = (self.priors / total)[total[:, 0] > 0]
+        return bool((own.amax(0) - own.amin(0) > 1e-9).any())
 
     def column(self, column: int) -> tuple[Tensor, Tensor]:
         """What is seen of one column, and the weights of its rows.
@@ -161,15 +189,15 @@ class Components:
 
     @cached_property
     def shares(self) -> Tensor:
-        """The share of the rows that each state has, ``[K]``."""
-        return self.weights.sum(0) / self.weights.sum()
+        """The share of the rows that each state has by the parameters, ``[K]``."""
+        return self.priors.sum(0) / self.priors.sum()
 
     def density(self, grid: Tensor, column: int = 0) -> Tensor | None:
         """The density (probability) of a column in each state times its share: ``[K, G]``.
 
         None where the distribution of one column alone is not known.
         """
-        total = self.weights.sum()
+        total = self.priors.sum()
         found: Tensor | float = 0.0
         for part in self.parts:
             base = part.column(column)
@@ -181,7 +209,7 @@ class Components:
 
     def joint_density(self, points: Tensor) -> Tensor:
         """The density at ``points [G, D]``, the states summed out: ``[G]``."""
-        total, found = self.weights.sum(), torch.zeros(len(points), dtype=points.dtype)
+        total, found = self.priors.sum(), torch.zeros(len(points), dtype=points.dtype)
         for part in self.parts:
             low = _log_prob(part.base, points[:, None, None, :])
             if not part.base.event_shape:
@@ -200,6 +228,50 @@ class Components:
             away = (m - mean).unsqueeze(-1)
             second.append((w[..., None, None] * (c + away @ away.mT)).sum(0))
         return mean, torch.stack(second).sum(0) / weight.unsqueeze(-1)
+
+
+def _concentration(base: Any) -> tuple[Tensor, Tensor | float, Any] | None:
+    """Of shares of a whole: their means, the variance's factor, and the whole's size."""
+    if isinstance(base, dist.Dirichlet):
+        a = base.concentration
+        total = a.sum(-1, keepdim=True)
+        return a / total, 1 / (total + 1), 1.0
+    if isinstance(base, dist.DirichletMultinomial):
+        a, n = base.concentration, torch.as_tensor(base.total_count).unsqueeze(-1)
+        total = a.sum(-1, keepdim=True)
+        return a / total, (total + n) / (total + 1) / n, n
+    if isinstance(base, dist.Multinomial):
+        n = torch.as_tensor(base.total_count)
+        return base.probs, 1 / n, n
+    if isinstance(base, dist.OneHotCategorical):
+        return base.probs, 1.0, 1.0
+    return None
+
+
+def _covariance_of_shares(base: Any) -> Tensor | None:
+    """``n^2 c (diag(m) - m m')`` of Dirichlet, multinomial and one-hot distributions."""
+    found = _concentration(base)
+    if found is None:
+        return None
+    m, c, n = found
+    factor = torch.as_tensor(n * n * c)
+    factor = factor.unsqueeze(-1) if factor.dim() else factor
+    return factor * (torch.diag_embed(m) - m.unsqueeze(-1) * m.unsqueeze(-2))
+
+
+def _column_of_shares(base: Any, at: int) -> Any | None:
+    """The distribution of one column of a Dirichlet, multinomial or one-hot distribution."""
+    if isinstance(base, dist.Dirichlet | dist.DirichletMultinomial):
+        own = base.concentration[..., at]
+        rest = base.concentration.sum(-1) - own
+        if isinstance(base, dist.Dirichlet):
+            return dist.Beta(own, rest)
+        return dist.BetaBinomial(own, rest, base.total_count)
+    if isinstance(base, dist.Multinomial):
+        return dist.Binomial(base.total_count, base.probs[..., at])
+    if isinstance(base, dist.OneHotCategorical):
+        return dist.Bernoulli(base.probs[..., at])
+    return None
 
 
 def _log_prob(base: Any, values: Tensor) -> Tensor:
@@ -231,13 +303,15 @@ def components(
     """
     run = structure.enumerate(params)
     _, weights = site_weights(structure, run, row_weights)
+    unseen = {n: torch.zeros_like(t) for n, t in run.tensors().items() if _is_data(structure, n)}
+    _, priors = site_weights(structure, run, row_weights, unseen)
     known = sites(structure)
     if site is None and len(known) == 1:
         (site,) = known
     if site is None or site not in known:
         got = "none was named" if site is None else f"got {site!r}"
         raise SettingError(f"site: expected one of the observations {quoted(known)}; {got}.")
-    found = [_part(structure, run, name, weights[name]) for name in known[site]]
+    found = [_part(structure, run, name, weights[name], priors[name]) for name in known[site]]
     most = max(len(states) for states, _ in found)
     kept = [(states, part) for states, part in found if len(states) == most]
     states = kept[-1][0]
@@ -246,7 +320,13 @@ def components(
     labels = [
         ", ".join(f"{shown[z]} = {k}" for z, k in zip(states, own, strict=True)) for own in combined
     ]
-    return Components(site, tuple(labels), tuple(part for _, part in kept))
+    parts = tuple(part for _, part in kept)
+    return Components(site, tuple(labels), parts, sum(len(part.values) for part in parts))
+
+
+def _is_data(structure: Structure, name: str) -> bool:
+    """Whether a site is an observation, and not the known part of an assignment."""
+    return name in structure.observations and whole_of(name) == name
 
 
 def sites(structure: Structure) -> dict[str, list[str]]:
@@ -270,7 +350,7 @@ def _shown(structure: Structure, name: str, states: Mapping[str, int]) -> str:
 
 
 def _part(
-    structure: Structure, run: Enumerated, name: str, weights: Tensor
+    structure: Structure, run: Enumerated, name: str, weights: Tensor, priors: Tensor
 ) -> tuple[dict[str, int], _Part]:
     """The states that a site hangs on, and the site laid out."""
     node = run.trace.nodes[name]
@@ -297,8 +377,11 @@ def _part(
     plates = {f.dim: int(f.size) for f in frames}
     value = _lay(value, right, (rows, others), plates)
     value = value[:, 0] if events else value.flatten(1)
-    w = run.unpack(name, weights) / float(run.scale)
-    w = _lay(w, 0, groups, full).mean(-1) * (~value.isnan()).any(1, keepdim=True)
+    shown = (~value.isnan()).any(1, keepdim=True)
+    w, before = (
+        _lay(run.unpack(name, own) / float(run.scale), 0, groups, full).mean(-1) * shown
+        for own in (weights, priors)
+    )
 
     # Those of the bare distribution lie further left: it has the declared event dims in its batch.
     own = {d - declared: size for d, size in full.items()}
@@ -325,7 +408,7 @@ def _part(
         x = x if some is None else x[some]
         return x[:, :, 0] if events else x
 
-    return states, _Part(arranged(base, lay, name), value, w, some)
+    return states, _Part(arranged(base, lay, name), value, w, before, some)
 
 
 def _lay(

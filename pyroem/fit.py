@@ -38,6 +38,8 @@ from pyroem.structure import Held, Params, Structure
 from pyroem.symmetry import permute
 from pyroem.uncertainty import Uncertainty, rate_matrix, uncertainty
 
+MOST_NUMBERS = 20_000_000  # rows by joint states of which a whole trace is made for pictures
+
 
 @dataclass(frozen=True, eq=False)
 class Fit:
@@ -424,12 +426,19 @@ class Fit:
     def components(self, site: str | None = None) -> Components:
         """One observation, state by state: its rows, their weights, densities and moments.
 
-        ``site`` names the observation where there are several. Of data in blocks, the rows that
-        starts were sought on.
+        ``site`` names the observation where there are several. Of large data (above 20 million
+        log-probabilities of rows, or in blocks) ``values`` has the rows that starts
+        were sought on: see :attr:`Components.rows`.
         """
-        small = self.problem.sample
-        with isolated(small.structure.program.dtype, 0), torch.no_grad():
-            return components(small.structure, self.params, small.row_weights, site)
+        problem, small = self.problem, self.problem.sample
+        structure = problem.structure
+        size = structure.num_rows * math.prod(structure.assignments.values())
+        if not problem.streamed and problem.everywhere is None and size <= MOST_NUMBERS:
+            small = problem
+        with isolated(structure.program.dtype, 0), torch.no_grad():
+            found = components(small.structure, self.params, small.row_weights, site)
+        rows = len(found.values) if small is problem else structure.num_rows
+        return replace(found, rows=rows)
 
     def transitions(self) -> dict[str, Tensor]:
         """The transition matrix of each chain, ``[K, K]``: rows are the states before.

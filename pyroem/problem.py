@@ -80,12 +80,28 @@ class Problem:
 
     @cached_property
     def rows(self) -> float:
-        """The number of rows, weighted."""
+        """The number of rows, weighted; sequences of which nothing is seen do not count."""
         if self.everywhere is not None:
             return self.everywhere
-        if self.row_weights is None:
+        seen, weights = self._sequences_seen, self.row_weights
+        if seen is not None:
+            return max(float((seen if weights is None else seen * weights).sum()), 1e-300)
+        if weights is None:
             return float(self.structure.num_rows)
-        return max(float(self.row_weights.sum()), 1e-300)
+        return max(float(weights.sum()), 1e-300)
+
+    @property
+    def _sequences_seen(self) -> Tensor | None:
+        """Which elements of the rows' plates show anything, where these are sequences."""
+        structure, total = self.structure, None
+        if self.streamed or not structure.unit or structure.factor_sites - structure.chained:
+            return None
+        for chain in structure.chains:
+            if tuple(chain.plates) != structure.unit:
+                return None
+            own = lengths(structure, self.nodes, chain).reshape(structure.unit_shape) >= 0
+            total = own if total is None else total | own
+        return total
 
     @cached_property
     def free(self) -> list[str]:

@@ -34,6 +34,7 @@ pre { background: #f6f6f6; padding: 0.8rem; overflow-x: auto; font-size: 0.85rem
 pre.words { white-space: pre-wrap; }
 figure { display: inline-block; margin: 0.6rem 1.2rem 0.6rem 0; vertical-align: top; }
 figcaption { font-size: 0.85rem; color: #444; max-width: 26rem; }
+.wide { overflow-x: auto; } td { overflow-wrap: anywhere; }
 img { max-width: 100%; height: auto; }
 .status { padding: 0.5rem 0.8rem; border-left: 4px solid #009E73; background: #f2f8f6; }
 .status.bad { border-color: #D55E00; background: #fcf3ee; }
@@ -108,13 +109,17 @@ def _pictures(fit: Fit) -> str:
     structure = fit.problem.sample.structure
     found = ["<h2>Data and fit</h2>"]
     seen = list(sites(structure))
-    for name in seen[:MOST_SITES]:
+    known = [name for name in seen if not _is_given(fit, name)]
+    for name in known[:MOST_SITES]:
         found += _of_site(fit, name)
-    if len(seen) > MOST_SITES:
-        found.append(f'<p class="note">{len(seen) - MOST_SITES} further observations.</p>')
+    if len(known) > MOST_SITES:
+        found.append(f'<p class="note">{len(known) - MOST_SITES} further observations.</p>')
+    if len(known) < len(seen):
+        others = ", ".join(name for name in seen if name not in known)
+        found.append(f'<p class="note">Given, without parameters: {html.escape(others)}.</p>')
     for chain in [c.name for c in structure.chains if c.length > 1]:
         picture = _picture(partial(plot.transitions, fit, chain), COLUMN, 3.1)
-        found.append(_figure(picture, f"How the states of {chain} follow one another."))
+        found.append(_figure(picture, f"Transitions of {chain}."))
     if structure.chains:
         name = seen[0]
         drawn = _picture(lambda ax: plot.decoded(fit, 0, name, ax=ax), 2 * COLUMN, 2.4)
@@ -122,6 +127,12 @@ def _pictures(fit: Fit) -> str:
     drawn = _whole(lambda: plot.program(fit))
     found.append(_figure(drawn, "The program: assignments are round, observations grey."))
     return "\n".join(found)
+
+
+def _is_given(fit: Fit, name: str) -> bool:
+    """Whether a site depends on no parameter: labels of rows, say."""
+    depends = fit.problem.plan.reading.dependence
+    return name in depends and not depends[name]
 
 
 def _of_site(fit: Fit, name: str) -> list[str]:
@@ -156,7 +167,9 @@ def _of_site(fit: Fit, name: str) -> list[str]:
         drawn = [_figure(many, f"{name}: all pairs of columns{more}.")]
     if len(found.labels) > 1:
         who = _picture(lambda ax: plot.responsibilities(fit, name, ax=ax), COLUMN, 2.6)
-        drawn.append(_figure(who, f"Whose a row is, by its {found.column_name(0)}."))
+        drawn.append(
+            _figure(who, f"The posterior probability of each state, by {found.column_name(0)}.")
+        )
     return drawn
 
 
@@ -168,6 +181,9 @@ def _parameters(fit: Fit) -> str:
         rows = [(n, shapes[n], _short(v)) for n, v in fit.params.items()]
         lines.append(_table([("parameter", "shape", "from, to")], rows))
         lines.append(f'<p class="note">{count} elements: standard errors were left out.</p>')
+        every = "\n".join(f"{name} = {value.tolist()}" for name, value in fit.params.items())
+        words = f'<pre class="words">{html.escape(every)}</pre>'
+        lines.append(f"<details><summary>All estimates</summary>{words}</details>")
         return "\n".join(lines)
     try:
         found = fit.uncertainty()
@@ -195,8 +211,11 @@ def _convergence(fit: Fit) -> str:
     lines.append(f"<p>{_rate(fit)}</p>")
     if len(fit.restarts) > 1:
         rows = [(f"{value:.6f}", str(times)) for value, times in fit.basins]
-        lines.append(f"<p>{len(fit.restarts)} starts ended in {len(rows)} distinct optima:</p>")
-        lines.append(_table([("log-joint", "starts")], rows))
+        if rows:
+            lines.append(f"<p>{len(fit.restarts)} starts ended in {len(rows)} distinct optima:</p>")
+            lines.append(_table([("log-joint", "starts")], rows))
+        else:
+            lines.append(f"<p>None of the {len(fit.restarts)} starts settled at an optimum.</p>")
     return "\n".join(lines)
 
 
@@ -224,7 +243,8 @@ def _table(head: Sequence[tuple[str, ...]], rows: Sequence[tuple[str, ...]]) -> 
     titles = "".join(f"<th>{cell}</th>" for cell in head[0])
     top = f"<tr>{titles}</tr>\n" if any(head[0]) else ""
     lines = ("".join(f"<td>{cell}</td>" for cell in row) for row in rows)
-    return f"<table>\n{top}" + "\n".join(f"<tr>{line}</tr>" for line in lines) + "\n</table>"
+    body = "\n".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="wide"><table>\n{top}{body}\n</table></div>'
 
 
 def _picture(draw: Callable[[Any], Any], width: float, height: float) -> str:

@@ -1231,3 +1231,25 @@ def test_forecast_through_transforms_that_differ_by_state() -> None:
     parts = torch.distributions.LogNormal(torch.ones(2, **DOUBLE), stretch)
     wanted = (ahead.states["z"] * parts.log_prob(value[:, None]).exp()).sum(-1).log()
     torch.testing.assert_close(ahead.observations["x"].log_prob(value), wanted)
+
+
+def test_empty_sequences_do_not_count_in_criteria() -> None:
+    def model(x: Tensor, lengths: Tensor) -> None:
+        matrix = pyro.param("matrix", torch.eye(2) * 0.6 + 0.2, constraint=constraints.simplex)
+        loc = pyro.param("loc", torch.tensor([0.0, 3.0]))
+        with pyro.plate("sequences", len(x)):
+            z = 0
+            for t in pyroem.markov(x.shape[1]):
+                with poutine.mask(mask=t < lengths):
+                    z = pyro.sample(f"z_{t}", dist.Categorical(matrix[z]))
+                    pyro.sample(f"x_{t}", dist.Normal(loc[z], 1.0), obs=x[:, t])
+
+    x = torch.randn(5, 30, generator=seeded())
+    fit = EM(max_iter=5).fit(model, x, torch.tensor([30, 20, 30, 0, 0]))
+    full = EM(max_iter=5).fit(model, x[:3], torch.tensor([30, 20, 30]))
+    assert fit.bic() == pytest.approx(full.bic(), rel=1e-12)
+    assert fit.icl() == pytest.approx(full.icl(), rel=1e-12)
+    weights = torch.tensor([1.0, 2.0, 1.0, 7.0, 1.0])
+    fit = EM(max_iter=5).fit(model, x, torch.tensor([30, 20, 30, 0, 0]), weights=weights)
+    full = EM(max_iter=5).fit(model, x[:3], torch.tensor([30, 20, 30]), weights=weights[:3])
+    assert fit.bic() == pytest.approx(full.bic(), rel=1e-12)

@@ -271,10 +271,16 @@ def chain_weights(
 
 
 def site_weights(
-    structure: Structure, run: Enumerated, row_weights: Tensor | None = None
+    structure: Structure,
+    run: Enumerated,
+    row_weights: Tensor | None = None,
+    instead: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The log-likelihood and the posterior weights of every factor, with chains or without."""
-    tensors = run.tensors()
+    """The log-likelihood and the posterior weights of every factor, with chains or without.
+
+    ``instead`` are factors in the place of some of the run's own.
+    """
+    tensors = {**run.tensors(), **(instead or {})}
     if not structure.chains:
         return factor_weights(run, tensors, row_weights=row_weights, unit=structure.unit)
     ends = {chain.name: lengths(structure, run.trace.nodes, chain) for chain in structure.chains}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +19,7 @@ from pyroem.plot.style import (
     line_looks,
     looks,
     new_axes,
+    percent,
     styled,
 )
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from pyroem.fit import Fit
 
 POINTS = 400
+POINT = 1e-7  # of the range of the data: a component that is narrower has no width
 MOST_FOR_KDE = 20_000
 MOST_VALUES = 400  # of a count that are drawn one by one
 FAR = 12.0  # times the interquartile range: beyond, the tails are cut off
@@ -55,14 +57,15 @@ def density(
         if found.discrete:
             _draw_counts(ax, found, values, weights, column, labels)
         else:
-            grid = span(values)
+            grid = fine(found, column, values)
             draw_data(ax, values, grid, weights)
             if kde:
-                _draw_kde(ax, values, grid, weights)
+                _draw_kde(ax, values, span(values), weights)
             parts = found.density(grid, column)
             if parts is not None:
-                draw_density(ax, grid, parts, labels)
+                draw_density(ax, grid, parts, labels, points_of(found, column, values))
         legend(ax)
+        tell_rows(ax, found)
     return ax
 
 
@@ -77,40 +80,82 @@ def responsibilities(
     found = fit.components(site)
     values, _ = found.column(column)
     structure = fit.problem.sample.structure
-    alone = not (structure.chains or found.varies or len(structure.observations) > 1)
+    differ = found.varies or found.varying_shares
+    alone = not (structure.chains or differ or len(structure.observations) > 1)
     with styled():
         if ax is None:
             ax = new_axes()
         if alone and found.values.shape[1] == 1 and not found.discrete:
-            grid = span(values)
+            grid = fine(found, column, values)
             parts = found.density(grid, column)
             assert parts is not None
             shares = (parts / parts.sum(0)).numpy()
+            ax.set_xlim(float(grid[0]), float(grid[-1]))
             for look, label, share in zip(line_looks(), found.labels, shares, strict=False):
                 ax.plot(grid.numpy(), share, label=as_text(label), **look)
-            some = values[:: math.ceil(len(values) / 500)].numpy()
+            inside = values[(values >= grid[0]) & (values <= grid[-1])]
+            some = inside[:: max(1, math.ceil(len(inside) / 500))].numpy()
             rug: dict[str, Any] = {"color": GREY, "linestyle": "none", "markersize": 4}
             ax.plot(some, [-0.05] * len(some), "|", label="data", **rug)
         else:
-            seen = ~found.values[:, column].isnan()
+            seen = ~found.values[:, column].isnan() & (found.weights.sum(1) > 0)
+            values = found.values[seen, column]
             rows = found.weights[seen] / found.weights[seen].sum(1, keepdim=True)
             step = math.ceil(len(values) / MOST_POINTS)
             for look, label, own in zip(looks(), found.labels, rows.T, strict=False):
                 dots: dict[str, Any] = {"alpha": 0.6, "linewidths": 0, "rasterized": True}
                 dots |= {"s": 16 if len(values) < 500 else 9}
                 dots |= {"color": look["color"], "marker": look["marker"]}
-                ax.scatter(values[::step].numpy(), own[::step].numpy(), label=label, **dots)
+                name = as_text(label)
+                ax.scatter(values[::step].numpy(), own[::step].numpy(), label=name, **dots)
+            if not found.discrete:
+                ends = span(values)
+                ax.set_xlim(float(ends[0]), float(ends[-1]))
         ax.set_xlabel(as_text(found.column_name(column)))
         ax.set_ylabel("posterior probability")
         ax.set_ylim(-0.08, 1.05)
         legend(ax)
+        tell_rows(ax, found)
     return ax
 
 
 def shares_of(found: Components) -> list[str]:
-    """The labels of the states with their shares of the rows."""
+    """The labels of the states with their shares of the rows; of one state without."""
+    if len(found.labels) < 2:
+        return [as_text(label) for label in found.labels]
     pairs = zip(found.labels, found.shares.tolist(), strict=True)
-    return [as_text(f"{label} ({share:.0%})") for label, share in pairs]
+    return [as_text(f"{label} ({percent(share)})") for label, share in pairs]
+
+
+def tell_rows(ax: Axes, found: Components) -> None:
+    """Say where not all rows are drawn."""
+    if found.rows > len(found.values):
+        words = f"{len(found.values):,} of {found.rows:,} rows"
+        before = ax.get_title(loc="right")
+        ax.set_title(f"{before}; {words}" if before else words, loc="right", fontsize=8)
+
+
+def points_of(found: Components, column: int, values: Tensor) -> dict[int, float]:
+    """The components that are a point, so far as the data can tell, and where."""
+    means, covariances = found.moments
+    reach = float(values.max() - values.min()) or abs(float(values[0])) or 1.0
+    sd = covariances[:, column, column].clamp(min=0).sqrt()
+    return {k: float(means[k, column]) for k, s in enumerate(sd.tolist()) if s < POINT * reach}
+
+
+def fine(found: Components, column: int, values: Tensor) -> Tensor:
+    """:func:`span`, with more points where the data and the components are."""
+    whole = span(values)
+    low, high = float(whole[0]), float(whole[-1])
+    means, covariances = found.moments
+    mean, sd = means[:, column, None], covariances[:, column, column, None].clamp(min=0).sqrt()
+    around = mean + sd * torch.linspace(-5, 5, 101, dtype=torch.float64)
+    levels = torch.linspace(0, 1, POINTS, dtype=torch.float64)
+    some = values[:: math.ceil(len(values) / 100_000)].double()
+    grid = torch.cat([whole, torch.quantile(some, levels), around.reshape(-1)])
+    grid = grid[grid.isfinite() & (grid >= low) & (grid <= high)].unique()
+    bound = math.pi if found.circular else math.inf
+    return grid[(grid >= -bound) & (grid <= bound)]
 
 
 def span(values: Tensor, margin: float = 0.05) -> Tensor:
@@ -134,7 +179,8 @@ def draw_data(ax: Axes, values: Tensor, grid: Tensor, weights: Tensor | None = N
     low, high = max(grid[0].item(), values.min().item()), min(grid[-1].item(), values.max().item())
     bins = min(60, max(10, 2 * math.ceil(len(values) ** (1 / 3))))
     own = torch.ones_like(values) if weights is None else weights
-    high = high if high > low else low + 1e-9 + 1e-9 * abs(low)
+    if not high > low:  # one value: a bar around it
+        low, high = grid[0].item(), grid[-1].item()
     edges = torch.linspace(low, high, bins + 1, dtype=torch.float64)
     heights, _ = torch.histogram(values.double(), edges, weight=own.double())
     heights = heights / own.sum() / edges.diff()
@@ -144,11 +190,25 @@ def draw_data(ax: Axes, values: Tensor, grid: Tensor, weights: Tensor | None = N
         ax.set_title(f"{beyond:.1%} of the data beyond", loc="right", fontsize=8)
 
 
-def draw_density(ax: Axes, grid: Tensor, parts: Tensor, labels: Sequence[str]) -> None:
-    """The components ``[K, G]`` (with their weights) and their sum."""
-    ax.plot(grid.numpy(), parts.sum(0).numpy(), color="#000000", label="mixture")
-    if len(parts) > 1:
-        for look, label, part in zip(line_looks(), labels, parts, strict=False):
+def draw_density(
+    ax: Axes,
+    grid: Tensor,
+    parts: Tensor,
+    labels: Sequence[str],
+    points: Mapping[int, float] | None = None,
+) -> None:
+    """The components ``[K, G]`` (with their weights) and their sum.
+
+    Those in ``points`` have no width: a line where they are, and no part in the sum.
+    """
+    points = points or {}
+    wide = [k for k in range(len(parts)) if k not in points]
+    if wide:
+        ax.plot(grid.numpy(), parts[wide].sum(0).numpy(), color="#000000", label="mixture")
+    for k, (look, label, part) in enumerate(zip(line_looks(), labels, parts, strict=False)):
+        if k in points:
+            ax.axvline(points[k], label=f"{label}, a point", **look)
+        elif len(parts) > 1:
             ax.plot(grid.numpy(), part.numpy(), label=label, **look)
     ax.set_ylabel("density")
 
@@ -194,7 +254,7 @@ def _draw_counts(
         return
     some: dict[str, Any] = {"markevery": max(1, len(points) // 12)}
     if found.categorical:
-        some |= {"linestyle": "none"}
+        some = {"linestyle": "none"}
     whole: dict[str, Any] = {"color": "#000000", "marker": "o", "markersize": 3.5}
     ax.plot(points.numpy(), parts.sum(0).numpy(), label="mixture", **whole, **some)
     if len(parts) > 1:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pyroem.errors import SettingError
 from pyroem.plot.style import COLOURS, GREY, as_text, grid, legend, looks, new_axes, styled
 
 if TYPE_CHECKING:
@@ -30,12 +31,12 @@ def likelihood(
     the profile's interval ends, which is shaded.
 
     Raises:
-        ValueError: neither is given, or they are of different parameters.
+        SettingError: neither is given, or they are of different parameters.
     """
     both = [x for x in (curve, profile) if x is not None]
     if not both or len({x.name for x in both}) > 1:
         names = ", ".join(x.name for x in both) or "nothing"
-        raise ValueError(f"Expected a curve, a profile or both, of one parameter; got {names}.")
+        raise SettingError(f"Expected a curve, a profile or both, of one parameter; got {names}.")
     with styled():
         if ax is None:
             ax = new_axes()
@@ -85,12 +86,12 @@ def surface(
     point around which the surface was taken.
 
     Raises:
-        ValueError: a fit has no path (give its solver ``keep_path=True``).
+        SettingError: a fit has no path (give its solver ``keep_path=True``).
     """
     named = dict(paths or {})
     for name, fit in named.items():
         if not fit.path:
-            raise ValueError(f"Fit '{name}' kept no path: use a solver with keep_path=True.")
+            raise SettingError(f"Fit '{name}' kept no path: use a solver with keep_path=True.")
     first, second = surface.values
     with styled():
         if ax is None:

@@ -10,17 +10,25 @@ import torch
 from torch import Tensor
 
 from pyroem.components import Components
-from pyroem.errors import SettingError
-from pyroem.plot.densities import POINTS, draw_data, draw_density, shares_of, span
+from pyroem.errors import DataError, SettingError
+from pyroem.plot.densities import (
+    POINTS,
+    draw_data,
+    draw_density,
+    fine,
+    points_of,
+    shares_of,
+    span,
+    tell_rows,
+)
 from pyroem.plot.style import (
-    COLOURS,
     COLUMN,
     GREY,
-    MARKERS,
     MOST_POINTS,
     as_text,
     legend,
     line_looks,
+    look_of,
     new_axes,
     styled,
 )
@@ -54,6 +62,7 @@ def contours(
         ax.set_ylabel(as_text(found.column_name(two[1])))
         ax.set_title("ellipses: 1 and 2 sd", loc="right", fontsize=8)
         legend(ax)
+        tell_rows(ax, found)
     return ax
 
 
@@ -74,7 +83,7 @@ def pairs(
         _two(found, (i, chosen[0] if i != chosen[0] else chosen[1]))
     with styled():
         if axes is None:
-            inches = min(2 * COLUMN, 1.35 * len(chosen) + 0.6)
+            inches = max(min(2 * COLUMN, 1.35 * len(chosen) + 0.6), 1.0 * len(chosen))
             axes = new_axes(inches, inches, len(chosen), len(chosen), sharex="col")
         for row, i in enumerate(chosen):
             for column, j in enumerate(chosen):
@@ -91,7 +100,8 @@ def pairs(
                 if column == 0 and row:
                     ax.set_ylabel(as_text(found.column_name(i)))
                 ax.locator_params(nbins=3)
-                ax.tick_params(labelsize=7)
+                inner = column and row != column
+                ax.tick_params(labelsize=7, labelleft=not inner, labelbottom=row == len(chosen) - 1)
         handles, labels = axes[1, 0].get_legend_handles_labels()
         if 1 < len(handles) <= 12:
             corner = axes[0, -1]
@@ -112,11 +122,11 @@ def _two(found: Components, columns: tuple[int, int]) -> tuple[int, int]:
 
 def _draw_alone(ax: Axes, found: Components, column: int) -> None:
     values, weights = found.column(column)
-    grid = span(values)
+    grid = fine(found, column, values)
     draw_data(ax, values, grid, weights)
     parts = None if found.discrete else found.density(grid, column)
     if parts is not None:
-        draw_density(ax, grid, parts, found.labels)
+        draw_density(ax, grid, parts, found.labels, points_of(found, column, values))
     ax.set_ylabel("")
     ax.set_yticks([])
     ax.spines["left"].set_visible(False)
@@ -125,7 +135,9 @@ def _draw_alone(ax: Axes, found: Components, column: int) -> None:
 def _draw_plane(ax: Axes, found: Components, columns: tuple[int, int], small: bool = False) -> None:
     chosen = list(columns)
     points = found.values[:, chosen]
-    seen = ~points.isnan().any(1)
+    seen = ~points.isnan().any(1) & (found.weights.sum(1) > 0)
+    if not seen.any():
+        raise DataError(f"Site '{found.name}': no row shows both columns.")
     draw_points(ax, points[seen], found.weights[seen].argmax(1), 4 if small else 9)
     if found.values.shape[1] == 2 and not found.varies and not found.discrete:
         _draw_contours(ax, found, points[seen], columns)
@@ -156,8 +168,7 @@ def draw_points(ax: Axes, points: Tensor, states: Tensor | None = None, size: fl
         return
     for k in states.unique().tolist():
         first, second = points[states[::step] == k].T.numpy()
-        style: dict[str, Any] = dots | {"color": COLOURS[k % len(COLOURS)]}
-        ax.scatter(first, second, marker=MARKERS[k % len(MARKERS)], rasterized=True, **style)
+        ax.scatter(first, second, rasterized=True, **dots, **look_of(k))
 
 
 def draw_ellipses(ax: Axes, means: Tensor, covariances: Tensor, labels: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyroem._pyro import isolated
+from pyroem.errors import SettingError
 from pyroem.estep.decode import partners
 from pyroem.plot.style import COLUMN, PALE, as_text, new_axes, styled
 from pyroem.sequences import observed, public_names
@@ -22,8 +23,8 @@ MOST_NODES = 30
 def render_model(fit: Fit, filename: str | Path | None = None, **settings: Any) -> Any:
     """The fitted program's graph by Pyro's own ``pyro.render_model``, with its distributions.
 
-    Needs the package graphviz and its program ``dot``. ``filename`` is written, if given; the
-    result shows itself in a notebook. Other settings go to Pyro.
+    Needs the package graphviz and, to draw, its program ``dot``. ``filename`` is written, if given;
+    the result shows itself in a notebook. Other settings go to Pyro.
     """
     import pyro
 
@@ -42,19 +43,22 @@ def program(fit: Fit, ax: Axes | None = None) -> Axes:
     with the plates.
 
     Raises:
-        ValueError: more than 30 nodes would be drawn.
+        SettingError: more than 30 nodes would be drawn.
     """
     kinds, edges = _graph(fit)
     if len(kinds) > MOST_NODES:
-        raise ValueError(f"Expected at most {MOST_NODES} nodes; the program has {len(kinds)}.")
-    places = _places(list(kinds), edges)
+        raise SettingError(
+            f"program: expected at most {MOST_NODES} nodes; the program has {len(kinds)}."
+        )
+    apart = max(1.0, max(map(len, kinds)) / 9)  # names of nine letters fit into an inch
+    places = _places(list(kinds), edges, apart)
     left, right = (f(x for x, _ in places.values()) for f in (min, max))
     bottom = min(y for _, y in places.values())
     with styled():
         if ax is None:
-            ax = new_axes(max(COLUMN, 1.1 * (right - left + 1)), 0.3 + 0.7 * (1 - bottom))
+            ax = new_axes(max(COLUMN, 1.1 * (right - left + apart)), 0.3 + 0.7 * (1 - bottom))
         boxes = {name: _draw_node(ax, *at, name, kinds[name]) for name, at in places.items()}
-        ax.set_xlim(left - 0.6, right + 0.6)
+        ax.set_xlim(left - 0.6 * apart, right + 0.6 * apart)
         ax.set_ylim(bottom - 0.5, 0.5)
         for a, b in sorted(edges):
             _draw_edge(ax, boxes[a], boxes[b])
@@ -87,7 +91,9 @@ def _graph(fit: Fit) -> tuple[dict[str, str], set[tuple[str, str]]]:
     return kinds, {(a, b) for a, b in edges if a in kinds}
 
 
-def _places(nodes: list[str], edges: set[tuple[str, str]]) -> dict[str, tuple[float, float]]:
+def _places(
+    nodes: list[str], edges: set[tuple[str, str]], apart: float
+) -> dict[str, tuple[float, float]]:
     """Every node below all that it depends on, and near the middle of those that depend on it."""
     above = {b: {a for a, c in edges if c == b and a != b} for b in nodes}
     below = {a: {b for c, b in edges if c == a and a != b} for a in nodes}
@@ -108,10 +114,10 @@ def _places(nodes: list[str], edges: set[tuple[str, str]]) -> dict[str, tuple[fl
         own = sorted(n for n in nodes if depth[n] == level)
         aims = {n: [across[b] for b in below[n] if b in across] or [0.0] for n in own}
         middle = {n: sum(at) / len(at) for n, at in aims.items()}
-        own.sort(key=lambda name: (middle[name], bool(above[name]), name))
+        own.sort(key=lambda name: (middle[name], bool(above[name]), len(name), name))
         at = [middle[n] for n in own]
         for i in range(1, len(at)):
-            at[i] = max(at[i], at[i - 1] + 1)
+            at[i] = max(at[i], at[i - 1] + apart)
         shift = sum(middle.values()) / len(own) - sum(at) / len(own)
         across |= {name: x + shift for name, x in zip(own, at, strict=True)}
     return {name: (across[name], float(-depth[name])) for name in nodes}

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyroem.errors import SettingError
+from pyroem.errors import ModelError, SettingError
 from pyroem.plot.style import (
     COLOURS,
     COLUMN,
-    MARKERS,
     as_text,
     legend,
+    look_of,
     new_axes,
     styled,
 )
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from pyroem.fit import Fit
 
-MOST_STATES = 5  # as a graph; more are a table in colours
+MOST_STATES = 4  # as a graph; more are a table in colours
 MOST_NUMBERS = 12  # states whose table has its numbers written into it, in percent
 LEAST = 0.005  # transitions rarer than that are not drawn
 
@@ -34,7 +34,7 @@ LEAST = 0.005  # transitions rarer than that are not drawn
 def transitions(fit: Fit, chain: str | None = None, ax: Axes | None = None) -> Axes:
     """Draw the transition graph of a chain: an arrow's width is the probability.
 
-    Transitions below half a percent are left out. More than five states are drawn as a matrix.
+    Transitions below half a percent are left out. More than four states are drawn as a matrix.
     """
     found = fit.transitions()
     name = _chosen(chain, found, "chain")
@@ -62,8 +62,10 @@ def decoded(
     Colours and marks tell the states; the line at the bottom shows them without the data.
     """
     structure = fit.problem.sample.structure
-    fit.transitions()  # raises where there is no chain
     values = {name: x for c in structure.chains for name, x in _values(fit, c).items()}
+    if not values:
+        why = f": {structure.no_chain}" if structure.no_chain else ""
+        raise ModelError(f"decoded: the program was not read as a chain of states{why}.")
     name = _chosen(site, values, "site")
     own = next(c for c in structure.chains if name in _values(fit, c))
     paths = fit.predict()
@@ -77,20 +79,23 @@ def decoded(
         raise SettingError(f"column: expected 0 to {x.shape[2] - 1}, got {column!r}.")
     y, z = x[sequence, :, column].double(), path[sequence]
     seen = (~y.isnan()).nonzero().reshape(-1)
-    last = int(seen[-1]) + 1 if len(seen) else steps
+    last = int(seen[-1]) + 1 if len(seen) else 0
+    if not len(seen):
+        raise SettingError(f"sequence: nothing is seen of sequence {sequence}.")
     y, z, t = y[:last], z[:last], torch.arange(last)
     with styled():
         from matplotlib.ticker import MaxNLocator
 
         if ax is None:
             ax = new_axes(2 * COLUMN, 2.4)
+        ax.set_xlim(-0.7, last - 0.3)
         ax.plot(t.numpy(), y.numpy(), color="#B8B8B8", linewidth=0.8, zorder=1)
         low, high = float(y.nan_to_num(math.inf).min()), float(y.nan_to_num(-math.inf).max())
         height = 0.05 * ((high - low) or 1.0)
         floor = low - 3 * height
         size = 14 if last <= 400 else 5
         for k in z.unique().tolist():
-            style = {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)]}
+            style = look_of(k)
             dots: dict[str, Any] = {**style, "s": size, "linewidths": 0, "rasterized": last > 5000}
             label = f"{own.name} = {k}"
             ax.scatter(t[z == k].numpy(), y[z == k].numpy(), label=label, zorder=2, **dots)
@@ -99,7 +104,6 @@ def decoded(
         ax.set_xlabel("step")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set_ylabel(as_text(name if x.shape[2] == 1 else f"{name}[{column}]"))
-        ax.margins(x=0.01)
         legend(ax)
     return ax
 

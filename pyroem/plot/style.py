@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import cycle
+from itertools import count, cycle
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -66,15 +66,16 @@ def new_axes(
     return plt.subplots(rows, columns, figsize=size, layout="constrained", **settings)[1]
 
 
+def look_of(k: int) -> dict[str, Any]:
+    """Colour and marker of the ``k``-th thing: no two of the first 49 are the same."""
+    n = len(COLOURS)
+    return {"color": COLOURS[k % n], "marker": MARKERS[(k + k // n) % n]}
+
+
 def looks() -> Iterator[dict[str, Any]]:
     """Colour, line and marker of one thing after the other."""
-    for colour, line, marker in zip(cycle(COLOURS), cycle(LINES), cycle(MARKERS), strict=False):
-        yield {
-            "color": colour,
-            "linestyle": line,
-            "marker": marker,
-            "markerfacecolor": "white",
-        }
+    for k, line in zip(count(), cycle(LINES), strict=False):
+        yield {**look_of(k), "linestyle": line, "markerfacecolor": "white"}
 
 
 def line_looks() -> Iterator[dict[str, Any]]:
@@ -84,8 +85,19 @@ def line_looks() -> Iterator[dict[str, Any]]:
 
 
 def as_text(name: str) -> str:
-    """A name as it stands: matplotlib would read formulas between dollar signs."""
-    return name.replace("$", r"\$")
+    """A name as it stands.
+
+    matplotlib would read formulas between dollar signs, and hide labels that begin with ``_``.
+    """
+    shown = name.replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
+
+
+def percent(share: float) -> str:
+    """A share in words: small ones and nearly whole ones with a digit more."""
+    if 0 < share < 0.001:
+        return "< 0.1%"
+    return f"{share:.0%}" if 0.0095 <= share < 0.9995 or share in (0, 1) else f"{share:.1%}"
 
 
 def grid(ax: Axes) -> None:
@@ -109,16 +121,21 @@ def legend_below(ax: Axes) -> None:
 def legend(*axes: Axes) -> None:
     """Above the axes if they have a figure with room for it, otherwise where it covers least.
 
-    None for more than a dozen lines: it would be larger than the picture.
+    Of more than a dozen lines the first ten only, and how many there are more.
     """
     figure = axes[0].figure
     handles, labels = axes[0].get_legend_handles_labels()
-    if not handles or len(handles) > 12:
+    if not handles:
         return
+    if len(handles) > 12:
+        from matplotlib.lines import Line2D
+
+        more = Line2D([], [], linestyle="none")
+        handles, labels = [*handles[:10], more], [*labels[:10], f"and {len(labels) - 10} more"]
     if figure.get_layout_engine() is not None and set(figure.axes) == set(axes):
         inches, widest = figure.bbox.width / figure.dpi, max(map(len, labels))
         columns = max(1, min(len(handles), int(inches / (0.45 + 0.055 * widest))))
         figure.legend(handles, labels, loc="outside upper center", ncols=columns)
     else:
         where = axes[-1] if axes[-1].get_legend_handles_labels()[0] else axes[0]
-        where.legend(handles, labels, loc="best")
+        where.legend(handles, labels, loc="best", frameon=True, framealpha=0.75, edgecolor="none")
