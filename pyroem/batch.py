@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyroem.estep.engine import MixtureEngine
-from pyroem.estep.kernel import expect, expect_given
+from pyroem.estep.kernel import Rows, expect, expect_given
 from pyroem.estep.layout import Layout
 from pyroem.estep.mixture import Assigned, Group, Mixture
 from pyroem.mstep.copies import copied, copyable
@@ -45,15 +45,22 @@ def has_one_group(problem: Problem) -> bool:
 class Batch:
     """Copies of a problem; parameters have a leading dim of copies.
 
-    ``weights`` (copies by rows) are row weights of each copy's own, in place of the problem's.
+    ``weights`` (copies by rows) are row weights of each copy's own, in place of the problem's;
+    ``rows`` (:func:`pyroem.estep.stacked.stacked`) the data of each.
     """
 
-    def __init__(self, problem: Problem, count: int, weights: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        count: int,
+        weights: Tensor | None = None,
+        rows: Rows | None = None,
+    ) -> None:
         assert isinstance(problem.engine, MixtureEngine)
         self.problem, self.count = problem, count
         self.plan = copied(problem.plan, count)
         self.mixture = _copied_mixture(problem.engine.mixture, self.plan, count)
-        self.chunks = problem.engine.chunks
+        self.chunks = problem.engine.chunks if rows is None else [rows]
         if weights is not None:
             self.chunks = [rows.weighted(weights) for rows in self.chunks]
 

@@ -13,7 +13,7 @@ weights; Efron and Tibshirani (1993), An Introduction to the Bootstrap.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from pyroem.derivatives import check_in_memory, coordinates
 from pyroem.em import EM
 from pyroem.errors import ModelError, SettingError
 from pyroem.estep.engine import TraceEngine
+from pyroem.estep.kernel import Rows
 from pyroem.fit import Fit
 from pyroem.interrupt import deferred, pause_point, pressed
 from pyroem.loop import Status
@@ -34,6 +35,7 @@ from pyroem.mstep.plan import Rung
 from pyroem.problem import Problem, pose
 from pyroem.progress import Progress
 from pyroem.race import Start
+from pyroem.redrawn import redrawn
 from pyroem.resampled import Bootstrap, too_few
 from pyroem.selection.replicates import places_of, replicate
 from pyroem.solver import Solver
@@ -43,7 +45,7 @@ from pyroem.together import iterate_together
 from pyroem.verdict import judge
 
 METHODS = ("weighted", "parametric")
-MOST, WEIGHTS = 50, 5_000_000  # replicates in a batch, and their row weights
+MOST, NUMBERS = 50, 5_000_000  # replicates in a batch, and their row weights or statistics
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,7 @@ def bootstrap(
         ``"weighted"``: the row weights are ``n Dirichlet(1, ..., 1)``, with ``n`` rows; under
         weights ``w`` of the fit's own, ``sum(w) Dirichlet(w)``, so that a row of weight 2 is two
         rows. Rows are the elements of the plates that all assignments share (sequences, where
-        these stand in a plate). Nothing is drawn from the program, which may be wrong. Where
-        closed forms allow it, many replicates are fitted as one batch.
+        these stand in a plate). Nothing is drawn from the program, which may be wrong.
         ``"parametric"``: observations are drawn from the fitted program, as by ``Fit.sample``;
         covariates and missing cells stay as they are. Of a chain a whole new one is drawn.
     seed
@@ -87,6 +88,12 @@ def bootstrap(
         read under (``dtype``, ``fixed``, ``floor``, ``engine``) are those of the fit.
     progress
         Show on stderr how far it is.
+
+    Where the mixture kernel serves the program and its M-step has closed forms, plain ``EM`` fits
+    many replicates as one batch. Drawn data then takes no new reading of the program, unless the
+    data is large (it was read on some of its rows) or on a device, or the program computes
+    anything but what it observes from it: a prior, a bound, a mask. Such replicates are fitted one
+    by one, as are those of all other programs.
 
     A replicate that did not converge, and one whose states cannot be paired clearly with those of
     the fit (:class:`~pyroem.matching.Matcher`), is left out, and counted: its numbers would belong
@@ -110,7 +117,8 @@ def bootstrap(
     with deferred():
         try:
             make = _weighted if method == "weighted" else _parametric
-            for one in make(fit, solver, replicates, seed, show):
+            lots = make(fit, solver, replicates, seed)
+            for one in _fitted(fit, solver, lots, replicates, show):
                 found.append(one)
         except KeyboardInterrupt:
             interrupted = True
@@ -150,33 +158,62 @@ def _checked(fit: Fit, replicates: Any, method: Any, seed: Any, solver: Any) -> 
     return solver
 
 
-def _weighted(
-    fit: Fit, solver: Solver, count: int, seed: int, show: Progress
+@dataclass(frozen=True)
+class Lot:
+    """The problems of replicates that are fitted as one batch, or of one that is fitted alone.
+
+    In a batch they differ in ``weights`` (replicates by rows), or in ``rows``, which are stacked.
+    """
+
+    problems: Sequence[Problem]
+    seed: int
+    weights: Tensor | None = None
+    rows: Rows | None = None
+
+    @property
+    def together(self) -> bool:
+        """Whether they are fitted as one batch."""
+        return self.weights is not None or self.rows is not None
+
+
+def _fitted(
+    fit: Fit, solver: Solver, lots: Iterator[Lot], count: int, show: Progress
 ) -> Iterator[Replicate]:
-    problem, start = fit.problem, Start(fit.params, "the fit")
+    start, done = Start(fit.params, "the fit"), 0
+    for lot in lots:
+        first, done = done + 1, done + len(lot.problems)
+        if lot.together:
+            show.start(f"bootstrap, replicates {first} to {done} of {count}:")
+            yield from _together(fit.problem, solver, start, lot, show)
+        else:
+            show(f"replicate {done} of {count}")
+            yield _alone(lot.problems[0], solver, start, lot.seed)
+
+
+def _together(
+    problem: Problem, solver: Solver, start: Start, lot: Lot, show: Progress
+) -> list[Replicate]:
+    count, dtype = len(lot.problems), problem.structure.program.dtype
+    with isolated(dtype, lot.seed), threads_for(problem.engine.work * count):
+        points, rule = [start.params] * count, solver.rule
+        ended = iterate_together(problem, points, rule, show, weights=lot.weights, rows=lot.rows)
+        if pressed() or any(run.status is Status.INTERRUPTED for run in ended):
+            raise KeyboardInterrupt
+        pairs = zip(lot.problems, ended, strict=True)
+        ended = [judge(posed, solver, start, run) for posed, run in pairs]
+    return [Replicate(r.state.params, r.state.log_joint, r.status) for r in ended]
+
+
+def _weighted(fit: Fit, solver: Solver, count: int, seed: int) -> Iterator[Lot]:
+    problem = fit.problem
     dtype, shape = problem.structure.program.dtype, problem.structure.unit_shape
     shares = torch.ones(shape, dtype=dtype) if problem.row_weights is None else problem.row_weights
     generator, together = np.random.default_rng(seed), solver.together(problem)
-    size = max(1, min(MOST, WEIGHTS // shares.numel())) if together else 1
+    size = _lot_size(shares.numel()) if together else 1
     for first in range(0, count, size):
-        number = min(size, count - first)
-        weights = dirichlet(shares, number, generator)
-        if not together:
-            show(f"replicate {first + 1} of {count}")
-            yield _alone(problem.weighted(weights[0]), solver, start, seed)
-            continue
-        show.start(f"bootstrap, replicates {first + 1} to {first + number} of {count}:")
-        with isolated(dtype, seed), threads_for(problem.engine.work * number):
-            rule, points = solver.rule, [fit.params] * number
-            flat = weights.reshape(number, -1)
-            ended = iterate_together(problem, points, rule, show, weights=flat)
-            if pressed() or any(run.status is Status.INTERRUPTED for run in ended):
-                raise KeyboardInterrupt
-            ended = [
-                judge(problem.weighted(own), solver, start, run)
-                for own, run in zip(weights, ended, strict=True)
-            ]
-        yield from (Replicate(r.state.params, r.state.log_joint, r.status) for r in ended)
+        weights = dirichlet(shares, min(size, count - first), generator)
+        problems = [problem.weighted(own) for own in weights]
+        yield Lot(problems, seed, weights=weights.reshape(len(weights), -1) if together else None)
 
 
 def dirichlet(shares: Tensor, count: int, generator: np.random.Generator) -> Tensor:
@@ -187,15 +224,28 @@ def dirichlet(shares: Tensor, count: int, generator: np.random.Generator) -> Ten
     return torch.as_tensor(drawn).to(shares.dtype)
 
 
-def _parametric(
-    fit: Fit, solver: Solver, count: int, seed: int, show: Progress
-) -> Iterator[Replicate]:
-    places, start = places_of(fit.problem, "bootstrap"), Start(fit.params, "the fit")
+def _parametric(fit: Fit, solver: Solver, count: int, seed: int) -> Iterator[Lot]:
+    places = places_of(fit.problem, "bootstrap")
     generator = torch.Generator().manual_seed(seed)
-    for number, own in enumerate(torch.randint(2**31, (count,), generator=generator).tolist()):
-        show(f"replicate {number + 1} of {count}")
+    seeds = torch.randint(2**31, (count,), generator=generator).tolist()
+    anew = redrawn(fit.problem) if solver.together(fit.problem) else None
+    size = 1 if anew is None else _lot_size(anew.numbers)
+    for first in range(0, count, size):
+        own = seeds[first : first + size]
         pause_point()
-        yield _alone(_posed(fit, *replicate(fit, places, own)), solver, start, own)
+        data = [replicate(fit, places, one) for one in own]
+        posed = None if anew is None else anew.problems(data)
+        if posed is not None:
+            yield Lot(posed[0], seed, rows=posed[1])
+            continue
+        for one, drawn in zip(own, data, strict=True):
+            pause_point()
+            yield Lot([_posed(fit, *drawn)], one)
+
+
+def _lot_size(numbers: int) -> int:
+    """How many replicates make a batch, of so many numbers each."""
+    return max(1, min(MOST, NUMBERS // max(1, numbers)))
 
 
 def _posed(fit: Fit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Problem:

@@ -278,11 +278,13 @@ def _attempt(step: Callable[[], State], state: State) -> State:
         return replace(state, log_joint=math.nan, note=" ".join(str(error).split()))
 
 
-def _resolution(problem: Problem, state: State) -> float:
+def resolution(dtype: torch.dtype, log_joint: float, rows: float) -> float:
     """In float32 the objective itself is known to so much a row only."""
-    if problem.structure.program.dtype == torch.float64:
-        return 0.0
-    return 1e-2 * NOISE[torch.float32] * abs(state.log_joint) / problem.rows
+    return 0.0 if dtype == torch.float64 else 1e-2 * NOISE[torch.float32] * abs(log_joint) / rows
+
+
+def _resolution(problem: Problem, state: State) -> float:
+    return resolution(problem.structure.program.dtype, state.log_joint, problem.rows)
 
 
 def steepest(problem: Problem, state: State, tol: float) -> float:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from pyroem.batch import Batch, at, stack
 from pyroem.diagnose import MARGIN
+from pyroem.estep.kernel import Rows
+from pyroem.estep.stacked import selected
 from pyroem.interrupt import pause_point
 from pyroem.loop import (
     LOOK,
@@ -22,6 +24,7 @@ from pyroem.loop import (
     State,
     Status,
     movement,
+    resolution,
 )
 from pyroem.mstep.runs import Expected
 from pyroem.problem import Problem
@@ -85,19 +88,21 @@ def iterate_together(
     course: Together | None = None,
     keep: Callable[[Together], None] | None = None,
     weights: Tensor | None = None,
+    rows: Rows | None = None,
 ) -> list[Outcome]:
     """EM from every point, in one batch; a run that has ended leaves it.
 
     A run ends as in :func:`pyroem.loop.iterate`; one whose variance runs to its floor is dropped
     early. An interrupt ends all that still run. ``keep`` and ``course`` are as there. ``weights``
-    (runs by rows) are row weights of each run's own.
+    (runs by rows) are row weights of each run's own, ``rows`` the data of each run, stacked.
     """
     clock = time.perf_counter()
     sizes = [problem.rows] * len(points) if weights is None else weights.sum(1).tolist()
 
     def batch_of(numbers: Sequence[int]) -> Batch:
         own = None if weights is None else weights[list(numbers)]
-        return Batch(problem, len(numbers), own)
+        data = None if rows is None else selected(rows, torch.tensor(numbers))
+        return Batch(problem, len(numbers), own, data)
 
     if course is None:
         batch, params = batch_of(range(len(points))), stack(points)
@@ -117,7 +122,8 @@ def iterate_together(
         batch, params, expected = batch_of(course.active), course.params, course.expected
         runs = [replace(run, history=list(run.history)) for run in course.runs]
         active, first = [runs[i] for i in course.active], course.iteration + 1
-    noise = NOISE[problem.structure.program.dtype]
+    dtype = problem.structure.program.dtype
+    noise = NOISE[dtype]
 
     def tell(iteration: int) -> None:
         if keep is not None:
@@ -148,7 +154,8 @@ def iterate_together(
                 else:
                     run.history.append(Record(iteration, value, seconds, iteration + 1))
                     run.value, last = value, params
-                    calm = abs(change) / sizes[run.number] <= rule.tol
+                    tol = max(rule.tol, resolution(dtype, value, sizes[run.number]))
+                    calm = abs(change) / sizes[run.number] <= tol
                     calm = calm and movement(at(params, i), at(before, i)) <= rule.param_tol
                     run.calm = run.calm + 1 if calm else 0
                     if run.calm >= rule.patience:

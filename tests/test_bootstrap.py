@@ -16,10 +16,21 @@ from problems import PROBLEMS
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyroem import EM, MAP, Bootstrap, ModelError, SettingError, blocks, bootstrap, compare
+from pyroem import (
+    EM,
+    MAP,
+    Bootstrap,
+    DataError,
+    ModelError,
+    SettingError,
+    blocks,
+    bootstrap,
+    compare,
+)
 from pyroem.batch import Batch, no_batch, stack
 from pyroem.bootstrap import dirichlet
-from pyroem.estep.engine import MixtureEngine
+from pyroem.estep.engine import MixtureEngine, TraceEngine
+from pyroem.estep.stacked import selected
 from pyroem.fit import Fit
 from pyroem.matching import match, paired, parameter_difference
 from pyroem.models import (
@@ -29,8 +40,10 @@ from pyroem.models import (
     mixture_of_regressions,
     poisson_mixture,
 )
+from pyroem.mstep.update import QUICK
 from pyroem.problem import pose
 from pyroem.progress import Progress
+from pyroem.redrawn import redrawn
 from pyroem.selection.replicates import places_of, replicate
 from pyroem.together import iterate_together
 
@@ -185,6 +198,112 @@ def test_the_weights_are_dirichlet() -> None:
 
 
 # ---------------------------------------------------------------------------------------
+# Data of each copy's own
+
+# fmt: off
+DRAWN = [
+    "gaussian_mixture", "full_gaussian", "tied_gaussian", "diagonal_gaussian", "shared_mean",
+    "missing_in_columns", "masked_rows", "masked_entries", "grouped_rows", "latent_class_plates",
+    "negative_binomial_mixture", "multinomial_mixture", "log_normal_mixture", "von_mises_mixture",
+    "categorical_logits", "binomial_assignment", "bernoulli_where", "two_assignments_table",
+    "hierarchical_assignment", "gaussian_and_poisson", "mixed_columns", "gaussian_inverse_gamma",
+]
+# fmt: on
+
+
+def drawn_from(fit: Fit, count: int) -> list[Any]:
+    places = places_of(fit.problem)
+    return [replicate(fit, places, seed) for seed in range(count)]
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_other_data_is_that_of_a_program_read_with_it(name: str) -> None:
+    """Of the problem, and of every copy of a batch, in blocks of rows."""
+    known = BY_NAME[name]
+    fit = EM(max_iter=1).fit(known.model, *known.data, init=known.params)
+    data, anew = drawn_from(fit, 3), redrawn(fit.problem)
+    assert not no_batch(fit.problem)
+    assert anew is not None
+    posed = anew.problems(data)
+    assert posed is not None
+    points = [fit.problem.structure.values(known.params)]
+    wanted = []
+    for own, (args, kwargs) in zip(posed[0], data, strict=True):
+        read = pose(known.model, args, kwargs)
+        wanted.append(read.e_step(points[-1]))
+        assert float(sum(own.log_joint(points[-1]))) == pytest.approx(
+            float(sum(read.log_joint(points[-1]))), rel=1e-12
+        )
+        points.append(read.m_step(points[-1], wanted[-1][0], effort=QUICK))
+        # the statistics are around centres of their own: what they lead to is the same
+        close(own.m_step(points[-2], own.e_step(points[-2])[0], effort=QUICK), points[-1])
+        traced = TraceEngine(own.structure, own.plan, None).expect(points[-2])
+        log_likelihood = float(wanted[-1][0].log_likelihood)
+        assert float(traced[0].log_likelihood) == pytest.approx(log_likelihood, rel=1e-12)
+    batch = Batch(fit.problem, 3, rows=posed[1])
+    for size in (posed[1].size, 7):
+        posed[1].size = size
+        expected, values = batch.e_step(stack(points[:3]))
+        for value, (statistics, log_prior) in zip(values.tolist(), wanted, strict=True):
+            log_joint = float(statistics.log_likelihood + log_prior)
+            assert value == pytest.approx(log_joint, rel=1e-12)
+        found = batch.m_step(stack(points[:3]), expected)
+        close(found, stack(points[1:]))
+
+
+def close(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9)
+
+
+def test_fewer_copies_are_those_that_go_on() -> None:
+    known = BY_NAME["full_gaussian"]
+    fit = EM(max_iter=1).fit(known.model, *known.data, init=known.params)
+    anew, params = redrawn(fit.problem), stack([fit.params] * 3)
+    assert anew is not None
+    posed = anew.problems(drawn_from(fit, 3))
+    assert posed is not None
+    index = torch.tensor([0, 2])
+    values = Batch(fit.problem, 3, rows=posed[1]).e_step(params)[1]
+    fewer = Batch(fit.problem, 2, rows=selected(posed[1], index))
+    torch.testing.assert_close(fewer.e_step(stack([fit.params] * 2))[1], values[index])
+
+
+def scaled_by_data(x: Tensor) -> None:
+    normals_with(x, dist.Normal, x.std())
+
+
+def prior_by_data(x: Tensor) -> None:
+    normals_with(x, dist.Normal, prior=dist.Normal(x.mean(), 1.0))
+
+
+def bound_by_data(x: Tensor) -> None:
+    normals_with(x, dist.Normal, constraint=constraints.greater_than(float(x.min()) - 50))
+
+
+def masked_by_data(x: Tensor) -> None:
+    normals_with(x, lambda loc, scale: dist.Normal(loc, scale).mask(x < x.max()))
+
+
+def normals_with(
+    x: Tensor,
+    kind: Any,
+    scale: Any = None,
+    prior: Any = None,
+    constraint: Any = constraints.real,
+) -> None:
+    weights = pyro.param("weights", torch.tensor([0.4, 0.6]), constraint=constraints.simplex)
+    start = torch.tensor([0.0, 6.0])
+    if prior is None:
+        loc = pyro.param("loc", start, constraint=constraint)
+    else:
+        loc = pyro.sample("loc", prior.expand([2]).to_event(1))
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("x", kind(loc[z], torch.ones(()) if scale is None else scale), obs=x)
+
+
+# ---------------------------------------------------------------------------------------
 # Replicates
 
 
@@ -252,10 +371,140 @@ def test_replicates_are_fits_under_row_weights(case: str) -> None:
 
 def test_a_batch_is_one_by_one() -> None:
     fit = EM().fit(gaussian_mixture(2), two_normals(200).unsqueeze(-1))
-    together, alone = bootstrap(fit, 60), bootstrap(fit, 60, solver=OneByOne())
-    assert together.kept == alone.kept == 60  # more than one batch
-    for name, value in together.params.items():
-        torch.testing.assert_close(value, alone.params[name], rtol=1e-8, atol=1e-8)
+    for method in ("weighted", "parametric"):
+        own = [bootstrap(fit, 60, method=method, solver=how) for how in (EM(), OneByOne())]
+        assert own[0].kept == own[1].kept == 60  # more than one batch
+        for name, value in own[0].params.items():
+            torch.testing.assert_close(value, own[1].params[name], rtol=1e-8, atol=1e-8)
+
+
+def trials(n: Tensor, k: Tensor) -> None:
+    """Successes of a known number of trials, another in each row."""
+    weights = pyro.param("weights", torch.tensor([0.4, 0.6]), constraint=constraints.simplex)
+    probs = pyro.param("probs", torch.tensor([0.2, 0.7]), constraint=constraints.unit_interval)
+    with pyro.plate("rows", len(k)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("k", dist.Binomial(n, probs[z]), obs=k)
+
+
+def _trials() -> tuple[Tensor, Tensor]:
+    n = torch.randint(5, 30, (100,), generator=generator(4)).double()
+    probs = torch.where(torch.arange(100) < 40, 0.15, 0.75).double()
+    return n, torch.binomial(n, probs, generator=generator(5))
+
+
+def _plane() -> Tensor:
+    x = torch.randn(120, 2, generator=generator(6), dtype=torch.float64)
+    x[:, 1] += 0.5 * x[:, 0]
+    x[50:] += 7.0
+    return x
+
+
+def _holes() -> Tensor:
+    x = _plane()
+    x[::7, 0], x[3::11, 1] = math.nan, math.nan
+    return x
+
+
+PARAMETRIC: dict[str, tuple[Callable[..., Any], tuple[Any, ...], EM, bool]] = {
+    **CASES,
+    "full": (gaussian_mixture(2), (_plane(),), EM(), True),
+    "tied": (gaussian_mixture(2, "tied"), (_plane(),), EM(), True),
+    "diagonal": (gaussian_mixture(2, "diagonal"), (_plane(),), EM(), True),
+    "single precision": (gaussian_mixture(2), (_plane(),), EM(dtype=torch.float32), True),
+    "missing cells": (gaussian_mixture(2, "diagonal"), (_holes(),), EM(), True),
+    "missing in vectors": (gaussian_mixture(2), (_holes(),), EM(), False),
+    "trials": (trials, _trials(), EM(), True),
+    "items": (
+        BY_NAME["latent_class_plates"].model,
+        BY_NAME["latent_class_plates"].data,
+        EM(),
+        True,
+    ),
+    "groups": (BY_NAME["grouped_rows"].model, BY_NAME["grouped_rows"].data, EM(), True),
+    "two": (
+        BY_NAME["gaussian_and_poisson"].model,
+        BY_NAME["gaussian_and_poisson"].data,
+        EM(),
+        True,
+    ),
+    "scaled by data": (scaled_by_data, (two_normals(90),), EM(), False),
+    "prior by data": (prior_by_data, (two_normals(90),), EM(), False),
+    "bound by data": (bound_by_data, (two_normals(90),), EM(), False),
+    "masked by data": (masked_by_data, (two_normals(90),), EM(), False),
+}
+
+
+@pytest.mark.parametrize("case", PARAMETRIC)
+def test_replicates_are_fits_to_drawn_data(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a batch where that can be; one by one elsewhere. Either way the program is the judge."""
+    model, data, solver, together = PARAMETRIC[case]
+    fit = solver.fit(model, *data)
+    assert fit.converged
+    read, one_by_one = list[int](), bootstrap.__globals__["_posed"]
+
+    def again(*own: Any) -> Any:
+        read.append(1)
+        return one_by_one(*own)
+
+    monkeypatch.setitem(bootstrap.__globals__, "_posed", again)
+    found = bootstrap(fit, 3, method="parametric", seed=5)
+    assert len(read) == (0 if together else 3)
+    assert found.kept == 3, found.message
+    seeds = torch.randint(2**31, (3,), generator=generator(5)).tolist()
+    ends = []
+    for own in seeds:
+        args, kwargs = replicate(fit, places_of(fit.problem), own)
+        ends.append(solver.fit(model, *args, init=fit, **kwargs))
+    assert all(end.converged for end in ends)
+    tolerance = 1e-8 if solver.dtype is torch.float64 else 1e-3
+    for i, wanted in enumerate(ends):
+        assert float(found.log_joint[i]) == pytest.approx(wanted.log_joint, rel=tolerance)
+        own = match(wanted, fit)
+        for name, value in found.params.items():
+            torch.testing.assert_close(value[i], own[name], rtol=tolerance, atol=tolerance)
+
+
+def test_drawn_data_in_batches_of_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch is no larger than memory allows; what is found does not depend on it."""
+    fit = EM().fit(gaussian_mixture(2), _plane())
+    whole = bootstrap(fit, 7, method="parametric")
+    anew, sizes = redrawn(fit.problem), list[int]()
+    assert anew is not None
+    monkeypatch.setitem(bootstrap.__globals__, "NUMBERS", 3 * anew.numbers)
+
+    def seen(problem: Any, points: Any, *rest: Any, **kwargs: Any) -> Any:
+        sizes.append(len(points))
+        return iterate_together(problem, points, *rest, **kwargs)
+
+    monkeypatch.setitem(bootstrap.__globals__, "iterate_together", seen)
+    found = bootstrap(fit, 7, method="parametric")
+    assert sizes == [3, 3, 1]
+    close(found.params, whole.params)
+
+
+def test_what_was_read_in_part_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large data is read on a sample of its rows, and kept in another way."""
+    monkeypatch.setattr("pyroem.problem.LARGE", 60)
+    monkeypatch.setattr("pyroem.problem.SAMPLE", 110)
+    fit = EM().fit(normals, two_normals(120))
+    assert fit.problem.smaller is not None
+    assert redrawn(fit.problem) is None
+    assert bootstrap(fit, 2, method="parametric").kept == 2
+
+
+def test_a_wrong_draw_is_told_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A value that the program cannot have observed is an error, in a batch too."""
+    fit = EM().fit(gaussian_mixture(2), _plane())
+
+    def broken(*own: Any) -> Any:
+        (x,), kwargs = replicate(*own)
+        x[3, 1] = math.inf
+        return (x,), kwargs
+
+    monkeypatch.setitem(bootstrap.__globals__, "replicate", broken)
+    with pytest.raises(DataError, match=r"finite data.* got inf at index \(3, 1\)"):
+        bootstrap(fit, 2, method="parametric")
 
 
 def test_one_normal_by_hand() -> None:
@@ -326,8 +575,8 @@ def test_the_same_seed_gives_the_same() -> None:
         one, same, other = (bootstrap(fit, 4, method=method, seed=s) for s in (1, 1, 2))
         assert torch.equal(one.params["loc"], same.params["loc"])
         assert not torch.equal(one.params["loc"], other.params["loc"])
-    longer = bootstrap(fit, 7, seed=1)
-    torch.testing.assert_close(longer.log_joint[:4], bootstrap(fit, 4, seed=1).log_joint)
+        longer = bootstrap(fit, 7, method=method, seed=1)
+        torch.testing.assert_close(longer.log_joint[:4], one.log_joint)
 
 
 def test_another_solver() -> None:
@@ -500,6 +749,8 @@ def test_progress(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
     bootstrap(fit, 2, progress=True)
     assert "bootstrap, replicates 1 to 2 of 2: iteration" in capsys.readouterr().err
     bootstrap(fit, 2, method="parametric", progress=True)
+    assert "bootstrap, replicates 1 to 2 of 2: iteration" in capsys.readouterr().err
+    bootstrap(fit, 2, method="parametric", solver=OneByOne(), progress=True)
     assert "bootstrap: replicate 2 of 2" in capsys.readouterr().err
 
 
@@ -524,7 +775,8 @@ def test_an_interrupt_returns_the_replicates_so_far(
     torch.testing.assert_close(found.params["loc"], whole.params["loc"][:2])
 
 
-def test_an_interrupted_batch_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", ["weighted", "parametric"])
+def test_an_interrupted_batch_does_not_count(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fit = EM().fit(normals, two_normals(90, gap=3.0))
     monkeypatch.setitem(bootstrap.__globals__, "MOST", 3)
     steps = []
@@ -536,10 +788,10 @@ def test_an_interrupted_batch_does_not_count(monkeypatch: pytest.MonkeyPatch) ->
 
     limit = 10**9
     monkeypatch.setattr("pyroem.together.pause_point", pause)
-    bootstrap(fit, 3)
+    bootstrap(fit, 3, method=method)
     limit = len(steps) + 2  # in the second batch
     steps.clear()
-    found = bootstrap(fit, 9)
+    found = bootstrap(fit, 9, method=method)
     assert (found.kept, found.missing) == (3, 6)
     assert "Interrupted: 6 replicates were not made." in found.message
 

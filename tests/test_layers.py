@@ -28,7 +28,7 @@ LAYERS: list[set[str]] = [
     {"streaming", "distributed"},
     {"symmetry"},
     {"problem"},
-    {"diagnose", "clustering", "batch", "shards", "derivatives", "matching"},
+    {"diagnose", "clustering", "batch", "redrawn", "shards", "derivatives", "matching"},
     {"guesses", "loop", "sequences", "uncertainty"},
     {"together", "given", "imputation", "moves", "components", "curves", "simulation"},
     {"race", "constrained"},

@@ -154,7 +154,7 @@ class Rows:
             return [self._made(layouts, start, stop, scratch) for _, layouts in parts]
         if stop - start == self.num_rows:
             return self.cached[group]
-        return [[whole[:, start:stop]] for (whole,) in self.cached[group]]
+        return [[whole[..., start:stop]] for (whole,) in self.cached[group]]
 
     def measure_of(self, start: int, stop: int) -> Tensor:
         """The base measure of a block's rows."""
@@ -234,12 +234,12 @@ def log_joint_states(
 ) -> Tensor:
     """``L`` of ``n`` rows: the joint states by the rows, without the base measure.
 
-    It may be made in ``out``.
+    It may be made in ``out``. Statistics may have a leading dim of copies, each with its own.
     """
     total: Tensor | None = None
     for (axes, _), etas, pieces in zip(group.observed, natural, phi, strict=True):
         whole = len(axes) == len(group.sizes)
-        own = torch.addmm(base, etas[0], pieces[0], out=out) if whole else etas[0] @ pieces[0]
+        own = _product(base if whole else None, etas[0], pieces[0], out)
         for eta, piece in zip(etas[1:], pieces[1:], strict=True):
             own.addmm_(eta, piece)
         if whole:
@@ -249,6 +249,18 @@ def log_joint_states(
             spread = group.spread(own, axes)
             total = (before.reshape((*group.sizes, -1)) + spread).reshape(base.shape[0], -1)
     return base.expand(-1, n).clone() if total is None else total
+
+
+def _product(base: Tensor | None, eta: Tensor, phi: Tensor, out: Tensor | None) -> Tensor:
+    """``base + E Phi``, in ``out`` if there is a ``base``; copy by copy, where ``phi`` has them."""
+    if phi.dim() == 2:
+        return eta @ phi if base is None else torch.addmm(base, eta, phi, out=out)
+    copies, features, rows = phi.shape
+    own = eta.view(copies, -1, features)
+    if base is None:
+        return torch.bmm(own, phi).view(-1, rows)
+    place = None if out is None else out.view(copies, -1, rows)
+    return torch.baddbmm(base.view(copies, -1, 1), own, phi, out=place).view(-1, rows)
 
 
 def normalise(joint: Tensor, weights: Tensor | None) -> Tensor:
@@ -420,13 +432,13 @@ class Totals:
         for i, ((axes, _), pieces) in enumerate(zip(group.observed, phi, strict=True)):
             columns = group.marginal(posterior, axes).T
             if first:
-                self.sums.append([(piece @ columns).double() for piece in pieces])
+                self.sums.append([_sums(piece, columns).double() for piece in pieces])
                 continue
             for piece, total in zip(pieces, self.sums[i], strict=True):
-                if double:
+                if double and piece.dim() == 2:
                     total.addmm_(piece, columns)
                 else:
-                    total.add_(piece @ columns)
+                    total.add_(_sums(piece, columns))
 
     def statistics(self, group: Group, dtype: torch.dtype) -> dict[str, SiteStatistics]:
         """The expected statistics of every site of the group."""
@@ -446,6 +458,15 @@ class Totals:
                     own = weight if layout.repeats == 1 else weight * layout.repeats
                 result[layout.site.name] = layout.statistics(own, found)
         return result
+
+
+def _sums(phi: Tensor, columns: Tensor) -> Tensor:
+    """``Phi R'``: features by states; ``phi`` may have the rows of each copy."""
+    if phi.dim() == 2:
+        return phi @ columns
+    copies, features, rows = phi.shape
+    found = torch.bmm(phi, columns.T.reshape(copies, -1, rows).mT)
+    return found.transpose(0, 1).reshape(features, -1)
 
 
 def _unstacked(layouts: tuple[Layout, ...], sums: list[Tensor]) -> list[Tensor]:
