@@ -28,6 +28,7 @@ LAYERS: list[set[str]] = [
     {"streaming", "distributed"},
     {"symmetry"},
     {"problem"},
+    {"renaming"},
     {"diagnose", "clustering", "batch", "shards", "derivatives", "matching"},
     {"guesses", "loop", "sequences", "uncertainty"},
     {"together", "given", "imputation", "moves", "components", "curves", "simulation"},
