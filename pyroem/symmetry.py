@@ -21,9 +21,8 @@ class StateGroup:
     probabilities of a binary assignment, which swap as ``p -> 1 - p`` (or change sign as logits).
     Only the first ``movable`` states can be renamed: the others have constants of their own.
 
-    This is what reading plain selections (``loc[z]``) tells. Whether a renaming leaves the
-    objective as it is, and what else moves with the states, is found in
-    :mod:`~pyroem.renaming`.
+    This is what reading plain selections (``loc[z]``) tells. What else moves with the states is
+    found in :mod:`~pyroem.axes`, whether the objective then stays in :mod:`~pyroem.renaming`.
     """
 
     assignments: tuple[str, ...]

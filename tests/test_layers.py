@@ -27,6 +27,7 @@ LAYERS: list[set[str]] = [
     {"estep", "whole"},
     {"streaming", "distributed"},
     {"symmetry"},
+    {"axes"},
     {"problem"},
     {"renaming"},
     {"diagnose", "clustering", "batch", "shards", "derivatives", "matching"},
