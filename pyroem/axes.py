@@ -91,7 +91,7 @@ def _renames(plan: Plan, group: StateGroup, choice: Choice, sites: Sequence[str]
             size = torch.where(tensor.isfinite(), tensor.abs(), 1.0).sum()
             limit = precision * max(float(size) / max(tensor.numel(), 1), 1.0)
             if not same or not torch.allclose(
-                tensor, other.tensor, rtol=0, atol=limit, equal_nan=True
+                tensor, other.tensor, rtol=precision, atol=limit, equal_nan=True
             ):
                 return False
     return True
