@@ -7,6 +7,7 @@ import math
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from pyroem.mstep.blocks import Rung
 from pyroem.problem import Problem, pose
 from pyroem.profiles import Profile, profile
 from pyroem.reading import on_other_sequences, read
+from pyroem.renaming import Renaming, renamings
 from pyroem.sequences import Filtered, Forecast
 from pyroem.structure import Held, Params, Structure
 from pyroem.symmetry import permute
@@ -521,29 +523,49 @@ class Fit:
                 found.append([value])
         return tuple((own[0], len(own)) for own in found)
 
+    @cached_property
+    def renamings(self) -> tuple[Renaming, ...]:
+        """How the states can be renamed so that the objective stays as it is."""
+        return renamings(self.problem, self.params)
+
     def ordered(self, by: str) -> Fit:
         """The same fit with its states named in the order of a parameter: of its first elements.
+
+        Of a parameter with two axes of states (a transition matrix) it is the order of the
+        diagonal. States that cannot change places keep their names. The path and the
+        approximation are renamed alike.
 
         Raises:
         ------
         SettingError
-            Where the parameter has no axis of states that can be renamed.
+            Where the parameter has no axis of states, or no two states can change places: a prior,
+            elements that are held or the program itself tell them apart.
         """
-        params = dict(self.params)
-        groups = [g for g in self.problem.groups if any(name == by for name, _ in g.axes)]
-        if not groups:
-            known = sorted({name for g in self.problem.groups for name, _ in g.axes})
+        known = [own for own in self.renamings if own.axes_of(by)]
+        if not known:
+            names = {name for own in self.renamings for name, _ in own.group.axes}
+            refused = "".join(_refused(own) for own in self.renamings if own.why)
             raise SettingError(
-                f"ordered: expected one of {', '.join(known) or 'no parameter'}, which have an axis"
-                f" of states; got {by!r}."
+                f"ordered: expected one of {', '.join(sorted(names)) or 'no parameter'}, which have"
+                f" an axis of states; got {by!r}.{refused}"
             )
-        for group in groups:
-            axis = next(axis for name, axis in group.axes if name == by)
-            key = self.params[by].movedim(axis, 0).reshape(self.params[by].shape[axis], -1)[:, 0]
-            order = torch.arange(group.num_states)
-            order[: group.movable] = key[: group.movable].argsort(stable=True)
-            params = permute(params, group, order)
-        return replace(self, params=params)
+        orders = []
+        for own in known:
+            if own.group.num_states > 1 and not own.possible:
+                raise SettingError(f"ordered: {by!r} gives no order.{_refused(own)}")
+            axes, value = own.axes_of(by), self.params[by]
+            states = torch.arange(value.shape[axes[0]])
+            first = value[tuple(states if i in axes else 0 for i in range(value.dim()))]
+            orders.append(own.sorted_by(first))
+
+        def renamed(params: Params) -> Params:
+            for own, order in zip(known, orders, strict=True):
+                params = permute(params, own.group, order)
+            return params
+
+        path = tuple(renamed(params) for params in self.path)
+        approximation = self.approximation and self.approximation.mapped(renamed)
+        return replace(self, params=renamed(self.params), path=path, approximation=approximation)
 
     def guide(self) -> Callable[..., dict[str, Tensor]]:
         """A Pyro guide at the fitted values, for ``pyro.infer.Predictive``.
@@ -645,6 +667,11 @@ class Fit:
             tuple(Restart(a, Status(b), c) for a, b, c in stored["restarts"]),
             problem,
         )
+
+
+def _refused(own: Renaming) -> str:
+    some = "Some states" if own.possible else "The states"
+    return f" {some} of '{own.group.assignments[0]}' cannot be renamed: {own.why}."
 
 
 def _single(values: dict[str, Tensor]) -> Any:

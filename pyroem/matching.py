@@ -11,12 +11,10 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from pyroem._pyro import isolated
-from pyroem.estep.engine import MixtureEngine
-from pyroem.estep.kernel import marginals
 from pyroem.problem import Problem
+from pyroem.renaming import Renaming, posteriors, renamings
 from pyroem.structure import Params
-from pyroem.symmetry import StateGroup, permute
+from pyroem.symmetry import permute
 
 if TYPE_CHECKING:
     from pyroem.fit import Fit
@@ -51,31 +49,43 @@ class Matcher:
     fits tell the two apart alike, however much they overlap, 0 where the one fit's split has
     nothing to do with the other's.
 
+    States that the program tells apart (by their prior, say) keep their names. ``known`` are the
+    problem's renamings, where they have been found before.
+
     Source: Stephens (2000), Journal of the Royal Statistical Society B 62, 795-809, for renaming
     by the posteriors.
     """
 
-    def __init__(self, problem: Problem, reference: Params) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        reference: Params,
+        known: tuple[Renaming, ...] | None = None,
+    ) -> None:
         self.problem, self.reference = problem, reference
-        self.posteriors = _posteriors(problem, reference)
+        self.renamings = renamings(problem, reference) if known is None else known
+        self.posteriors = posteriors(problem, reference)
 
     def __call__(self, params: Params) -> Matched:
         """``params`` with their states renamed."""
         params = {n: v.to(self.reference[n].dtype) for n, v in params.items()}
         found, unclear = None, []
-        for group in self.problem.groups:
-            if group.movable < 2 or not (group.axes or group.complements):
+        for renaming in self.renamings:
+            group = renaming.group
+            if not renaming.possible or not (group.axes or group.complements):
                 continue
-            found = found or _posteriors(self.problem, params)
-            k = group.num_states
+            found = found or posteriors(self.problem, params)
             both = [
-                torch.cat([p[z].reshape(-1, k) for z in group.assignments])[:, : group.movable]
+                torch.cat([p[z].reshape(-1, group.num_states) for z in group.assignments])
                 for p in (self.posteriors, found)
             ]
-            order, clear = paired(*both)
-            params = permute(params, group, torch.cat([order, torch.arange(group.movable, k)]))
-            if not clear.all():
-                unclear.append(_told(group, clear))
+            order = torch.arange(group.num_states)
+            for states in (torch.tensor(own) for own in renaming.classes if len(own) > 1):
+                best, clear = paired(*(p[:, states.to(p.device)] for p in both))
+                order[states] = states[best]
+                if not clear.all():
+                    unclear.append(_told(group.assignments[0], states[~clear]))
+            params = permute(params, group, order)
         return Matched(params, "; ".join(unclear))
 
 
@@ -112,7 +122,7 @@ def parameter_difference(fit: Fit, reference: Fit) -> float:
     if fit is reference:
         return 0.0
     problem = reference.problem
-    matched = Matcher(problem, reference.params)(fit.params)
+    matched = Matcher(problem, reference.params, reference.renamings)(fit.params)
     if matched.unclear:
         return math.nan
     own, other = canonical(problem, reference.params), canonical(problem, matched.params)
@@ -128,9 +138,9 @@ def match(fit: Fit, reference: Fit) -> Params:
     """The parameters of ``fit``, its states renamed as those of ``reference``.
 
     States are paired to agree on as many rows as possible (the Hungarian algorithm on the overlap
-    of the posteriors).
+    of the posteriors); those that the program tells apart keep their names.
     """
-    return Matcher(reference.problem, reference.params)(fit.params).params
+    return Matcher(reference.problem, reference.params, reference.renamings)(fit.params).params
 
 
 def canonical(problem: Problem, params: Params) -> Params:
@@ -142,16 +152,5 @@ def canonical(problem: Problem, params: Params) -> Params:
     return result
 
 
-def _posteriors(problem: Problem, params: Params) -> dict[str, Tensor]:
-    """The probabilities of every assignment on the rows that starts are sought on."""
-    small = problem.sample
-    engine, dtype = small.engine, small.structure.program.dtype
-    with isolated(dtype, 0), torch.no_grad():
-        if isinstance(engine, MixtureEngine):
-            return marginals(engine.mixture, engine.chunks, params)
-        return small.marginals(params)
-
-
-def _told(group: StateGroup, clear: Tensor) -> str:
-    states = ", ".join(str(int(i)) for i in (~clear).nonzero())
-    return f"states {states} of '{group.assignments[0]}'"
+def _told(name: str, states: Tensor) -> str:
+    return f"states {', '.join(str(int(i)) for i in states)} of '{name}'"

@@ -20,6 +20,9 @@ class StateGroup:
     ``axes`` are the (parameter, axis) pairs that the states index; ``complements`` are success
     probabilities of a binary assignment, which swap as ``p -> 1 - p`` (or change sign as logits).
     Only the first ``movable`` states can be renamed: the others have constants of their own.
+
+    This is what reading plain selections (``loc[z]``) tells. What else moves with the states is
+    found in :mod:`~pyroem.axes`, whether the objective then stays in :mod:`~pyroem.renaming`.
     """
 
     assignments: tuple[str, ...]
@@ -101,13 +104,19 @@ def _merge(
 
 
 def permute(params: Params, group: StateGroup, order: Tensor) -> Params:
-    """Rename the states of a group: state ``order[k]`` becomes state ``k``."""
+    """Rename the states of a group: state ``order[k]`` becomes state ``k``.
+
+    ``params`` may be some of the parameters.
+    """
     result = dict(params)
     for name, axis in group.axes:
-        result[name] = result[name].index_select(axis, order[: result[name].shape[axis]])
+        if name in result:
+            order = order.to(result[name].device)
+            result[name] = result[name].index_select(axis, order[: result[name].shape[axis]])
     if group.num_states == 2 and int(order[0]) == 1:
         for name, kind in group.complements:
-            result[name] = 1 - result[name] if kind == "probability" else -result[name]
+            if name in result:
+                result[name] = 1 - result[name] if kind == "probability" else -result[name]
     return result
 
 

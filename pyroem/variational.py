@@ -196,6 +196,10 @@ class Approximation:
             drawn = self._draw(n)
         return {name: torch.stack([d[name] for d in drawn]) for name in drawn[0]}
 
+    def mapped(self, change: Callable[[Params], Params]) -> Approximation:
+        """The same with every draw changed: its states renamed, say."""
+        return replace(self, _draw=lambda n: [change(one) for one in self._draw(n)])
+
 
 class _Guided:
     """Pyro's SVI, with a parameter store of its own."""
