@@ -8,7 +8,8 @@ With ``l(u) = log p(data | u) + log p(u)`` in unconstrained coordinates ``u`` at
 - the outer product ``sum_n w_n s_n s_n'`` of the rows' scores, less the curvature of the prior;
 - the sandwich ``I^-1 (sum_n w_n s_n s_n') I^-1``, right where the model is not.
 
-EM converges at the rate of the largest eigenvalue of ``I_c^-1 I_m``.
+EM converges at the rate of the largest eigenvalue of ``I_c^-1 I_m``, where only assignments are
+missing.
 
 Source: Louis (1982); Oakes (1999); Dempster, Laird and Rubin (1977); White (1982).
 """
@@ -26,6 +27,7 @@ from pyro.distributions import constraints
 from scipy.special import ndtri
 from torch import Tensor
 
+from pyroem._pyro import isolated
 from pyroem.derivatives import (
     Coordinates,
     by_rows,
@@ -44,6 +46,7 @@ from pyroem.structure import Params
 from pyroem.text import aligned
 
 METHODS = ("observed", "louis", "outer", "sandwich")
+STRIDE = 1e-4  # in unconstrained coordinates: of differences of an EM step
 ROUNDING = 1e-12  # of a share: movement that is rounding
 FLAT = 1e-9  # relative: singular values of what does not move a parameter
 SINGULAR = 1e-10  # of the largest eigenvalue, after scaling to a unit diagonal
@@ -424,21 +427,50 @@ def _prior_hessian(problem: Problem, at: Coordinates) -> Tensor:
 
 
 def rate_matrix(problem: Problem, params: Params) -> Tensor:
-    """``I_c^-1 I_m``: EM's own derivative at a fixed point, in unconstrained coordinates.
+    """EM's own derivative at a fixed point, in unconstrained coordinates: ``I_c^-1 I_m``.
 
     Its eigenvalues lie between 0 and 1; the largest is the rate at which EM converges: that part
-    of the distance which an iteration leaves.
+    of the distance which an iteration leaves. Of directions that the complete data leave open
+    nothing is said. Where a family has latent variables of its own (the scales of Student's t),
+    which EM does not know either, it is found by central differences of an EM step.
 
     Raises:
     ------
     ModelError
-        Where the complete-data information is singular.
+        Where every parameter is fixed, or the fit is at no maximum of the complete data.
     """
     check_in_memory(problem, "rate_matrix")
+    check_free(problem, "rate_matrix")
     at = coordinates(problem, params)
-    found, (basis, _) = curvature(problem, at), directions(at)
+    basis, _ = directions(at)
+    if any(site.family.latent is not None for site in problem.plan.reading.sites.values()):
+        return _jacobian_of_a_step(problem, at, basis)
+    found = curvature(problem, at)
     complete, missing = basis.T @ found.complete @ basis, basis.T @ found.missing @ basis
-    factor, info = torch.linalg.cholesky_ex(0.5 * (complete + complete.T))
-    if int(info):
-        raise ModelError("rate_matrix: the complete-data information is singular here.")
-    return torch.cholesky_solve(missing, factor)
+    complete = 0.5 * (complete + complete.T)
+    scale = complete.diagonal().abs().clamp(min=1e-300).sqrt()
+    values, vectors = torch.linalg.eigh(complete / scale / scale[:, None])
+    kept = values > SINGULAR * values.abs().max()
+    if bool((values < -SINGULAR * values.abs().max()).any()):
+        raise ModelError(
+            "rate_matrix: the complete-data information has a negative eigenvalue: the fit is at no"
+            " maximum."
+        )
+    determined = vectors[:, kept] / scale[:, None]
+    return (determined / values[kept]) @ determined.T @ missing
+
+
+def _jacobian_of_a_step(problem: Problem, at: Coordinates, basis: Tensor) -> Tensor:
+    """The derivative of an EM step along the columns of ``basis``, by central differences."""
+
+    def step(u: Tensor) -> Tensor:
+        params = {name: value.detach() for name, value in at.params(u).items()}
+        with isolated(problem.structure.program.dtype, 0), torch.no_grad():
+            new = problem.m_step(params, problem.e_step(params)[0])
+        return Coordinates(at.parameters, at.names, {**at.values, **new}).vector
+
+    columns = []
+    for direction in basis.T:
+        away = STRIDE * direction
+        columns.append((step(at.vector + away) - step(at.vector - away)) / (2 * STRIDE))
+    return basis.T @ torch.stack(columns, 1)
