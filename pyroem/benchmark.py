@@ -9,7 +9,16 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pyroem.compare import NEAR, check_near, check_seeds, checked, cut_short, fit_all, study, tabulate
+from pyroem.compare import (
+    NEAR,
+    check_near,
+    check_seeds,
+    checked,
+    cut_short,
+    fit_all,
+    study,
+    tabulate,
+)
 from pyroem.comparison import Comparison, Study, as_frame, as_json, in_columns, in_html
 from pyroem.em import EM
 from pyroem.errors import SettingError

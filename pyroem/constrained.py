@@ -164,6 +164,11 @@ class Climb:
         self._keep(point)
         return self.known[at]
 
+    def again(self, point: Point, near: Point) -> Point:
+        """The maximum at a point's place, sought from another one too."""
+        self._keep(self._search(point.at, near.w))
+        return self.known[point.at]
+
     def depth_towards(self, point: Point, side: int) -> float:
         """The depth next to the bound on one side, all else as at ``point``: at least that deep.
 
@@ -253,9 +258,7 @@ class Climb:
                 return Point(at, math.nan if narrow else self.maximum - loss, w)
         return Point(at, math.nan, w)
 
-    def _blurred(
-        self, w: np.ndarray, loss: float, slope: np.ndarray, normal: np.ndarray
-    ) -> bool:
+    def _blurred(self, w: np.ndarray, loss: float, slope: np.ndarray, normal: np.ndarray) -> bool:
         """Whether rounding moves the objective: a step along the axis too small to be seen does.
 
         As where the difference of two log-gamma functions of a huge number cancels.

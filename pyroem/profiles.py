@@ -237,6 +237,8 @@ def _walk(
                 return last, None, f"The search failed beyond {name} = {climb.number(last.at):.6g}."
             continue
         if climb.depth(point) > z:
+            point = climb.again(point, last)
+        if climb.depth(point) > z:
             if climb.depth_towards(last, side) < z:  # it was the search that fell
                 break
             return last, point, ""

@@ -42,7 +42,10 @@ FINAL = 100  # draws for the ELBO at the end
 WINDOW = 100  # steps that are averaged
 SPAN = 3  # windows that are compared with as many before
 PATIENCE = 3  # windows in a row at the end of which nothing rises or drifts
+VISIBLE = 0.5  # nats: the standard error up to which a rise of the mean ELBO can be seen
 DRIFT = 1.0  # of a parameter between two spans, in its standard deviation within windows
+MANY = 1000  # draws for the gradient at the end
+STEEP = 4.0  # standard errors of a gradient that is not zero
 LITTLE = 1e-3  # of a parameter's size, or of one: a drift that does not matter
 
 
@@ -74,8 +77,10 @@ class SVI(MAP):
 
     With a guide the objective is an estimate, and ``history`` has its mean over the last 100 steps.
     Every 100 steps the last 300 are compared with the 300 before. The fit has converged when three
-    times in a row the mean ELBO is no higher, but for a standard error, and the guide's parameters
-    have not drifted: in the mean square by no more than they scatter within 100 steps.
+    times in a row the mean ELBO is no higher, but for a standard error (of half a nat at most, else
+    nothing is seen: give more ``particles``), and the guide's parameters have not drifted: in the
+    mean square by no more than they scatter within 100 steps; and where at last the mean gradient
+    of 1000 draws is zero, but for four standard errors.
     """
 
     optimizer: Any = field(default=clipped_adam.ClippedAdam, kw_only=False)
@@ -278,6 +283,8 @@ class _Guided:
         self._watch()
         if len(self.losses) % WINDOW == 0:
             self.calm = self.calm + 1 if self._level() and self._still() else 0
+            if self.calm >= PATIENCE and not self._flat():
+                self.calm = 0
 
     def _watch(self) -> None:
         """Mean and variance of all numbers that are learned, over windows of steps."""
@@ -304,15 +311,36 @@ class _Guided:
         drift = torch.where((new - old).abs() <= LITTLE * size, 0.0, (new - old) ** 2 / scatter)
         return not len(drift) or bool(drift.mean() <= DRIFT**2)
 
+    def _flat(self) -> bool:
+        """Whether no element of the ELBO's mean gradient, over fresh draws, differs from zero.
+
+        Steps that are clipped can stand still where it does.
+        """
+        args, kwargs = self.program.args, self.program.kwargs
+        with self._own(), torch.enable_grad():
+            leaves = [v for _, v in pyro.get_param_store().named_parameters()]
+            found = []
+            for _ in range(MANY):
+                loss = self._elbo(1).differentiable_loss(self.model, self.guide, *args, **kwargs)
+                slopes = torch.autograd.grad(loss, leaves, allow_unused=True)
+                found.append(torch.cat([s.reshape(-1) for s in slopes if s is not None]).double())
+        slopes = torch.stack(found)
+        error = slopes.std(0) / MANY**0.5
+        told = error > 1e-9 * slopes.abs().amax(0)  # else it is no estimate
+        return not bool((told & (slopes.mean(0).abs() > STEEP * error)).any())
+
     def _level(self) -> bool:
-        """Whether the mean of the last steps is above that before by no more than the noise."""
+        """Whether the mean of the last steps is above that before by no more than the noise.
+
+        And the noise small enough for a rise to be seen.
+        """
         count = SPAN * WINDOW
         if len(self.losses) < 2 * count:
             return False
         losses = torch.tensor(self.losses[-2 * count :], dtype=torch.float64)
         old, new = losses[:count], losses[count:]
         error = float(((new.var() + old.var()) / count).sqrt())
-        return float(old.mean() - new.mean()) <= error
+        return float(old.mean() - new.mean()) <= error <= VISIBLE
 
     def _medians(self) -> Params:
         """The guide's medians, and the points."""
