@@ -47,7 +47,8 @@ def implicit(fit: Fit, *args: Any, weights: Any = None, **kwargs: Any) -> Params
     Raises:
     ------
     ModelError
-        Where every parameter is fixed, the parameters are no maximum for these arguments, or the information is singular.
+        Where every parameter is fixed, the parameters are no maximum for these arguments, or the
+        information is singular.
     """
     problem = fit.problem
     check_in_memory(problem, "implicit")

@@ -314,7 +314,7 @@ class _Guided:
     def _flat(self) -> bool:
         """Whether no element of the ELBO's mean gradient, over fresh draws, differs from zero.
 
-        Steps that are clipped can stand still where it does.
+        Nor all of it together (Hotelling's test). Clipped steps can stand still where it does.
         """
         args, kwargs = self.program.args, self.program.kwargs
         with self._own(), torch.enable_grad():
@@ -322,12 +322,20 @@ class _Guided:
             found = []
             for _ in range(MANY):
                 loss = self._elbo(1).differentiable_loss(self.model, self.guide, *args, **kwargs)
-                slopes = torch.autograd.grad(loss, leaves, allow_unused=True)
-                found.append(torch.cat([s.reshape(-1) for s in slopes if s is not None]).double())
+                own = torch.autograd.grad(loss, leaves, allow_unused=True)
+                found.append(torch.cat([s.reshape(-1) for s in own if s is not None]).double())
         slopes = torch.stack(found)
         error = slopes.std(0) / MANY**0.5
         told = error > 1e-9 * slopes.abs().amax(0)  # else it is no estimate
-        return not bool((told & (slopes.mean(0).abs() > STEEP * error)).any())
+        if bool((told & (slopes.mean(0).abs() > STEEP * error)).any()):
+            return False
+        size = int(told.sum())
+        if not size or size > MANY // 10:
+            return True
+        scaled = slopes[:, told] / slopes[:, told].std(0)  # noise that elements share hides less
+        precision = torch.linalg.pinv(scaled.T.cov().reshape(size, size), hermitian=True)
+        mean = scaled.mean(0)
+        return float(MANY * mean @ precision @ mean) <= size + STEEP * (2 * size) ** 0.5 + STEEP**2
 
     def _level(self) -> bool:
         """Whether the mean of the last steps is above that before by no more than the noise.

@@ -11,8 +11,8 @@ from torch import Tensor
 from pyroem.diagnose import MARGIN, Sides, collapsed, dead, endless, in_words, separated, slope
 from pyroem.guesses import escape
 from pyroem.loop import Outcome, Status, movement, steepest
-from pyroem.mstep.runs import Expected
 from pyroem.mstep.plan import Rung
+from pyroem.mstep.runs import Expected
 from pyroem.problem import Problem
 from pyroem.race import Start
 from pyroem.structure import Params

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -500,7 +501,7 @@ def test_a_collapse_is_said_first() -> None:
 
 def test_nothing_is_free() -> None:
     fit = EM(fixed={"weights", "loc", "scale"}).fit(three, in_three(), init="model")
-    asked = [lambda m=m: fit.uncertainty(m) for m in METHODS]
+    asked: list[Any] = [partial(fit.uncertainty, m) for m in METHODS]
     asked += [fit.rate_matrix, lambda: fit.rate, lambda: implicit(fit), lambda: mcmc(fit)]
     asked += [lambda: fit.profile("loc[0]")]
     for ask in asked:
