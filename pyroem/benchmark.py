@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pyroem.compare import NEAR, check_seeds, checked, cut_short, fit_all, study, tabulate
+from pyroem.compare import (
+    NEAR,
+    check_near,
+    check_seeds,
+    checked,
+    cut_short,
+    fit_all,
+    study,
+    tabulate,
+)
 from pyroem.comparison import Comparison, Study, as_frame, as_json, in_columns, in_html
 from pyroem.em import EM
 from pyroem.errors import SettingError
@@ -205,8 +213,7 @@ def benchmark(
     """
     chosen = checked(solvers, all_solvers)
     check_seeds(seeds)
-    if isinstance(near, bool) or not isinstance(near, int | float) or not 0 <= near < math.inf:
-        raise SettingError(f"near: expected a number of nats >= 0, got {near!r}.")
+    check_near(near)
     if not isinstance(problems, Mapping) or not problems:
         raise SettingError(
             "problems: expected a dict of names to (model, *args) tuples, or to functions of a"

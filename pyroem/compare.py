@@ -94,6 +94,7 @@ def compare(
         Where ``solvers`` is not a mapping of names to solvers; else as ``Solver.fit``.
     """
     chosen = checked(solvers, default_solvers)
+    check_near(near)
     if seeds is None:
         fits, problems = fit_all(
             model,
@@ -122,6 +123,12 @@ def compare(
         if cut_short(found[number]):
             break
     return study(found, near)
+
+
+def check_near(near: float) -> None:
+    """Raise where ``near`` is no distance in nats."""
+    if isinstance(near, bool) or not isinstance(near, int | float) or not 0 <= near < math.inf:
+        raise SettingError(f"near: expected a number of nats >= 0, got {near!r}.")
 
 
 def checked(
@@ -289,7 +296,7 @@ def _row(name: str, fit: Fit, best: Fit, value: tuple[float, float], highest: fl
         str(fit.status),
         fit.converged,
         parameter_difference(fit, best),
-        None if fit.approximation is None else fit.approximation.elbo,
+        None if fit.approximation is None or fit.approximation.point else fit.approximation.elbo,
     )
 
 
@@ -297,6 +304,7 @@ __all__ = [
     "Comparison",
     "Row",
     "Study",
+    "check_near",
     "check_seeds",
     "checked",
     "compare",

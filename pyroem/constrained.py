@@ -21,16 +21,18 @@ from torch import Tensor
 
 from pyroem.curves import Index, element, label, moved, support
 from pyroem.derivatives import Coordinates, coordinates
-from pyroem.diagnose import collapsed
+from pyroem.diagnose import Sides, collapsed
 from pyroem.errors import ModelError, SettingError
 from pyroem.problem import Problem
 from pyroem.structure import Params
-from pyroem.uncertainty import EDGE, SINGULAR, STEEP, at_bound, directions, objective
+from pyroem.uncertainty import EDGE, SINGULAR, STEEP, at_bound, directions, far_off, objective
 
 Which = str | Callable[[Params], Tensor]
 RISE = 1e-5  # nats between two maxima
 GAIN = 1e-6  # nats that a Newton step may still promise at a maximum
 INSIDE = 1e-5  # how far inside its bound an estimate is lifted off
+TINY = 1e-6  # standard errors: a step along which the objective is straight
+BLUR = 1e-4  # nats by which rounding may move the objective
 REFUSED = 1e20  # the height of what the program cannot do
 
 
@@ -83,6 +85,7 @@ class Point:
     at: float
     log_joint: float
     w: np.ndarray
+    blurred: bool = False  # the log-joint is lost in rounding there
 
     @property
     def found(self) -> bool:
@@ -161,6 +164,29 @@ class Climb:
         self._keep(point)
         return self.known[at]
 
+    def again(self, point: Point, near: Point) -> Point:
+        """The maximum at a point's place, sought from another one too."""
+        self._keep(self._search(point.at, near.w))
+        return self.known[point.at]
+
+    def depth_towards(self, point: Point, side: int) -> float:
+        """The depth next to the bound on one side, all else as at ``point``: at least that deep.
+
+        Infinite where there is no bound, or where the target cannot be moved there.
+        """
+        axis, place = self.target.axis, self.target.place
+        bound = axis.low if side < 0 else axis.high
+        if place is None or not math.isfinite(bound):
+            return math.inf
+        (name, index), params = place, self.values(point.w)
+        wanted = bound + 1e-9 * (float(params[name][index]) - bound)
+        value = moved(self.problem.structure.parameters[name], params[name], {index: wanted})
+        if value is None:
+            return math.inf
+        height = sum(self.problem.parts({**params, name: value}))
+        deep = 2 * (self.maximum - height)
+        return math.sqrt(max(deep, 0.0)) if math.isfinite(deep) else math.inf
+
     def sweep(self, side: int) -> None:
         """Come back from outside: where the profile rises outwards, its maxima may go on inwards.
 
@@ -200,6 +226,10 @@ class Climb:
         return found
 
     def _search(self, at: float, w: np.ndarray) -> Point:
+        with np.errstate(all="ignore"):  # far out squares of slopes may overflow
+            return self._sought(at, w)
+
+    def _sought(self, at: float, w: np.ndarray) -> Point:
         unit = self.spread
         constraint = {
             "type": "eq",
@@ -208,24 +238,34 @@ class Climb:
         }
         tolerance = max(1e-9, 1e-14 * abs(self.maximum))
         for _ in range(3):  # anew from where it ended, in case that it ran into a corner
-            with np.errstate(all="ignore"):
-                w = minimize(
-                    self._loss,
-                    w,
-                    jac=True,
-                    method="SLSQP",
-                    constraints=constraint,
-                    options={"ftol": tolerance, "maxiter": 100},
-                ).x
+            w = minimize(
+                self._loss,
+                w,
+                jac=True,
+                method="SLSQP",
+                constraints=constraint,
+                options={"ftol": tolerance, "maxiter": 100},
+            ).x
             if not np.isfinite(w).all():
                 break
             loss, slope = self._loss(w)
             here, normal = self.constraint(w)
             along = slope - normal * (normal @ slope) / max(normal @ normal, 1e-300)
             if loss < REFUSED and abs(here - at) < 1e-6 * unit and along @ along < 2 * GAIN:
+                if self._blurred(w, loss, slope, normal):
+                    return Point(at, math.nan, w, blurred=True)
                 narrow = collapsed(self.problem, self.values(w))
                 return Point(at, math.nan if narrow else self.maximum - loss, w)
         return Point(at, math.nan, w)
+
+    def _blurred(self, w: np.ndarray, loss: float, slope: np.ndarray, normal: np.ndarray) -> bool:
+        """Whether rounding moves the objective: a step along the axis too small to be seen does.
+
+        As where the difference of two log-gamma functions of a huge number cancels.
+        """
+        step = TINY * self.spread * normal / max(normal @ normal, 1e-300)
+        jumps = [self._loss(w + s * step)[0] - loss - s * (slope @ step) for s in (-2, -1, 1, 2)]
+        return not max(map(abs, jumps)) < BLUR
 
     def values(self, w: np.ndarray) -> Params:
         """All parameters at ``w``, without derivatives."""
@@ -275,6 +315,20 @@ def edge_of(problem: Problem, params: Params, target: Target) -> int:
     return -1 if value - axis.low < axis.high - value else 1
 
 
+def far_elements(problem: Problem, params: Params) -> Sides:
+    """The elements that run to infinity, or to a bound, at the fit."""
+    at = coordinates(problem, params)
+    return far_off(problem, at, -objective(problem, at)[1].diagonal())
+
+
+def side_of(far: Sides, target: Target) -> int:
+    """-1 or 1 where the target itself runs down or up without end, else 0."""
+    if target.place is None or target.place[0] not in far:
+        return 0
+    name, index = target.place
+    return int(far[name][index])
+
+
 def lifted(problem: Problem, params: Params, target: Target, edge: int) -> Params:
     """The parameters with the target a little inside the bound at which it stands."""
     assert target.place is not None
@@ -291,7 +345,10 @@ def lifted(problem: Problem, params: Params, target: Target, edge: int) -> Param
 def climb_from(
     problem: Problem, params: Params, target: Target, maximum: float, lifted: bool
 ) -> tuple[Climb, list[str]]:
-    """The climb from ``params``, and what is to be said of the point."""
+    """The climb from ``params``, and what is to be said of the point.
+
+    ``lifted`` says that these are no maximum: some were moved off a bound, or back from infinity.
+    """
     at = coordinates(problem, params)
     slope, hessian = objective(problem, at)
     basis, bounds = directions(at)

@@ -207,7 +207,9 @@ def element(parameters: Mapping[str, Parameter], text: Any, argument: str) -> tu
     name, index = _parsed(text, parameters)
     check_names([name], parameters, argument)
     shape = parameters[name].shape
-    inside = len(index) == len(shape) and all(i < n for i, n in zip(index, shape, strict=True))
+    if len(index) == len(shape):
+        index = tuple(i + n if -n <= i < 0 else i for i, n in zip(index, shape, strict=True))
+    inside = len(index) == len(shape) and all(0 <= i < n for i, n in zip(index, shape, strict=True))
     if not inside:
         example = f"such as '{label(name, tuple(n - 1 for n in shape))}'" if shape else "one number"
         raise SettingError(
@@ -218,10 +220,13 @@ def element(parameters: Mapping[str, Parameter], text: Any, argument: str) -> tu
 
 
 def _parsed(text: str, known: Iterable[str]) -> tuple[str, Index]:
-    found = re.fullmatch(r"(.+)\[([\d,\s]+)\]", text)
+    found = re.fullmatch(r"(.+)\[([-\d,\s]+)\]", text)
     if text in known or found is None:
         return text, ()
-    return found[1], tuple(int(part) for part in found[2].split(",") if part.strip())
+    parts = [part.strip() for part in found[2].split(",")]
+    if not all(re.fullmatch(r"-?\d+|", part) for part in parts):
+        return text, ()
+    return found[1], tuple(int(part) for part in parts if part)
 
 
 def _read(name: str, params: Mapping[str, Any]) -> float:

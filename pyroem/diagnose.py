@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +24,8 @@ HINT = (
     " InverseGamma)"
 )
 SPIKE = 9.0  # nats above a density as wide as the data
+UNSEEN = 1e-3  # nats by which the log-joint may fall towards infinity and is flat none the less
+REACH = 40  # halvings and doublings of a step
 SEPARATED = 1e-6  # curvature beside that of even odds
 MARGIN = 1.01  # rounding moves an eigenvalue that was lifted to the floor
 MISSING_FLOOR = 1e-14  # of the data's variance, where the floor is turned off
@@ -180,3 +184,105 @@ def _where(name: str, flags: Tensor) -> str:
     places = [", ".join(str(int(i)) for i in row) for row in flags.nonzero()[:5]]
     more = int(flags.sum()) - len(places)
     return ", ".join(f"{name}[{p}]" for p in places) + (f" and {more} more" if more > 0 else "")
+
+
+Sides = dict[str, Tensor]  # by parameter and element: -1, 0 or 1
+
+
+def endless(problem: Problem, params: Params, suspects: Mapping[str, Tensor]) -> Sides:
+    """Which of some elements the log-joint lets run off, and to which side, all others held.
+
+    That is where it falls by next to nothing if the element moves far outwards: on the line by
+    ten times its size, on a half-line (in the logarithm) by a factor of a thousand. Elements
+    without any influence, which may move to either side, are none.
+    """
+    problem = problem.sample
+    found: Sides = {}
+    maximum = sum(problem.parts(params))
+    for name, mask in suspects.items():
+        parameter, step = problem.structure.parameters[name], problem.plan.steps[name]
+        interval = interval_of(parameter.constraint)
+        if interval is None or not any(map(math.isinf, interval)) or not bool(mask.any()):
+            continue
+        raw = parameter.unconstrain(params[name])
+        line = all(map(math.isinf, interval))
+        away = 10 * (step + raw.abs()) if line else torch.full_like(raw, math.log(1000))
+        sides = torch.zeros_like(raw)
+        for place in map(tuple, mask.nonzero().tolist()):
+            free = []
+            for side in (-1, 1):
+                moved = raw.clone()
+                moved[place] += side * away.expand_as(raw)[place]
+                there = {**params, name: parameter.constrain(moved)}
+                if sum(problem.parts(there)) > maximum - UNSEEN:
+                    free.append(side)
+            if len(free) == 1:
+                sides[place] = free[0]
+        if bool(sides.any()):
+            found[name] = sides
+    return found
+
+
+def pulled_in(problem: Problem, params: Params, sides: Sides, fall: float) -> Params:
+    """The elements that run off brought back, one by one, to where the log-joint falls by ``fall``.
+
+    There the data speak of them. An element stays where no such place is found.
+    """
+    result = dict(params)
+    for name, own in sides.items():
+        parameter = problem.structure.parameters[name]
+        for place in map(tuple, own.nonzero().tolist()):
+            maximum, raw = sum(problem.parts(result)), parameter.unconstrain(result[name])
+
+            def at(away: float, place: Any = place, raw: Tensor = raw) -> Tensor:
+                moved = raw.clone()
+                moved[place] -= away * own[place]  # noqa: B023
+                return parameter.constrain(moved)  # noqa: B023
+
+            def left(away: float) -> float:
+                return sum(problem.parts({**result, name: at(away)})) - maximum + fall  # noqa: B023
+
+            near, far = 0.0, float(problem.plan.steps[name].expand_as(raw)[place])
+            for _ in range(REACH):
+                if not left(far) > 0:
+                    break
+                near, far = far, 2 * far
+            else:
+                continue
+            for _ in range(REACH):
+                middle = 0.5 * (near + far)
+                near, far = (middle, far) if left(middle) > 0 else (near, middle)
+            result[name] = at(near)
+    return result
+
+
+def labels_of(sides: Sides) -> list[str]:
+    """The names of the elements that run off: ``logits[1, 0]``."""
+    return [
+        name + (f"[{', '.join(map(str, place))}]" if place else "")
+        for name, own in sides.items()
+        for place in map(tuple, own.nonzero().tolist())
+    ]
+
+
+def in_words(problem: Problem, sides: Sides) -> str:
+    """Where the elements run."""
+    ends = dict[str, list[str]]()
+    for name, own in sides.items():
+        interval = interval_of(problem.structure.parameters[name].constraint)
+        assert interval is not None
+        for side in (-1, 1):
+            end = interval[(side + 1) // 2]
+            there = f"{'minus ' * (end < 0)}infinity" if math.isinf(end) else f"its bound {end:g}"
+            ends.setdefault(there, []).extend(labels_of({name: (own == side).int()}))
+    return "; ".join(
+        f"{listed(labels)} run{'s' * (len(labels) == 1)} to {end}"
+        for end, labels in ends.items()
+        if labels
+    )
+
+
+def listed(names: list[str], most: int = 6) -> str:
+    """The first of some names, and how many more there are."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")

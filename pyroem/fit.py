@@ -463,6 +463,14 @@ class Fit:
 
         return write(self, path)
 
+    @property
+    def _doubt(self) -> str:
+        """What is to be said first of anything that takes the fit for a maximum."""
+        if self.converged:
+            return ""
+        note = f" ({self.message})" if self.status is Status.DEGENERATE and self.message else ""
+        return f"The fit did not converge: {self.status}{note}."
+
     def uncertainty(self, method: str = "observed") -> Uncertainty:
         """Standard errors and intervals of the parameters, and the covariance of all of them.
 
@@ -471,7 +479,7 @@ class Fit:
         :mod:`pyroem.uncertainty`. Elements at a bound, and what the data do not determine, have no
         standard error (NaN); ``message`` says which and why.
         """
-        return uncertainty(self.problem, self.params, method)
+        return uncertainty(self.problem, self.params, method, self._doubt)
 
     def profile(
         self, which: Which, level: float = 0.95, points: int = 21, *, name: str | None = None
@@ -482,8 +490,7 @@ class Fit:
         scalar tensor, called ``name``: ``lambda p: p["loc"][1] - p["loc"][0]``. The other
         parameters are maximised anew at each of the ``points``; see :mod:`pyroem.profiles`.
         """
-        note = "" if self.converged else f"The fit did not converge: {self.status}."
-        return profile(self.problem, self.params, which, level, points, name, note)
+        return profile(self.problem, self.params, which, level, points, name, self._doubt)
 
     def curve(self, which: str, values: Any = None, points: int = 101) -> Curve:
         """The log-joint along one element, all other parameters held; see :mod:`pyroem.curves`."""

@@ -13,17 +13,17 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pyroem._pyro import as_data
 from pyroem.derivatives import check_in_memory, coordinates, log_joint
 from pyroem.errors import ModelError, SettingError
 from pyroem.fit import Fit
+from pyroem.problem import numbers_of
 from pyroem.structure import Params
-from pyroem.uncertainty import SINGULAR, STEEP, directions, rows_of_derivatives
+from pyroem.uncertainty import SINGULAR, STEEP, check_free, directions, rows_of_derivatives
 
 
-def implicit(fit: Fit, *args: Any, weights: Tensor | None = None, **kwargs: Any) -> Params:
+def implicit(fit: Fit, *args: Any, weights: Any = None, **kwargs: Any) -> Params:
     """The parameters of a fit as differentiable functions of its arguments.
 
     Parameters
@@ -47,21 +47,24 @@ def implicit(fit: Fit, *args: Any, weights: Tensor | None = None, **kwargs: Any)
     Raises:
     ------
     ModelError
-        Where the parameters are no maximum for these arguments, or the information is singular.
+        Where every parameter is fixed, the parameters are no maximum for these arguments, or the
+        information is singular.
     """
     problem = fit.problem
     check_in_memory(problem, "implicit")
+    check_free(problem, "implicit")
     structure, dtype = problem.structure, problem.structure.program.dtype
     program = structure.program
     if args or kwargs:
-        if program.fill:
+        if program.fill and structure.chains:
             raise ModelError(
-                f"implicit: the data of {', '.join(program.fill)} has masked NaN, which cannot be"
-                " differentiated. Put numbers there."
+                f"implicit: {', '.join(program.fill)} has NaN cells that the program masks, in a"
+                " chain: derivatives by such data are not supported. Those by row weights and by"
+                " tensors of the program are: give no data."
             )
         program = replace(program, args=as_data(args, dtype), kwargs=as_data(kwargs, dtype))
         structure = replace(structure, program=program)
-    own = problem.row_weights if weights is None else weights
+    own = problem.row_weights if weights is None else numbers_of(weights, dtype)
     if own is not None and tuple(own.shape) != structure.unit_shape:
         raise SettingError(
             f"implicit: weights must have the shape of the rows {structure.unit_shape}, got"

@@ -30,15 +30,19 @@ from pyroem.constrained import (
     Which,
     climb_from,
     edge_of,
+    far_elements,
     lifted,
     number_of,
+    side_of,
     target_of,
 )
 from pyroem.derivatives import check_in_memory
+from pyroem.diagnose import in_words, pulled_in
 from pyroem.errors import SettingError
 from pyroem.problem import Problem
 from pyroem.structure import Params
 from pyroem.text import plain
+from pyroem.uncertainty import check_free, check_level
 
 HIGHER = 1e-6  # nats above the fit that say that it is not the maximum
 FAR = 1000.0  # standard errors up to which an end is sought
@@ -139,11 +143,11 @@ def profile(
     ModelError
         For data in blocks or spread over processes.
     """
-    if not 0 < level < 1:
-        raise SettingError(f"profile: level must be between 0 and 1, got {level!r}.")
+    check_level(level, "profile")
     if isinstance(points, bool) or not isinstance(points, int) or points < 3:
         raise SettingError(f"profile: points must be a whole number of at least 3, got {points!r}.")
     check_in_memory(problem, "profile")
+    check_free(problem, "profile")
     dtype = problem.structure.program.dtype
     if dtype != torch.float64:
         raise SettingError(f"profile: the fit must be in double precision, it is in {dtype}.")
@@ -153,15 +157,21 @@ def profile(
         maximum = sum(problem.parts(params))
         if not math.isfinite(maximum):
             raise SettingError(f"profile: the log-joint at the parameters is {maximum}.")
+        z = float(ndtri(0.5 + level / 2))
         edge = edge_of(problem, params, target)
         origin = lifted(problem, params, target, edge) if edge else params
-        climb, notes = climb_from(problem, origin, target, maximum, bool(edge))
-        z = float(ndtri(0.5 + level / 2))
+        far = {} if edge else far_elements(problem, params)
+        if far:
+            origin = pulled_in(problem, params, far, min(z**2, 1.0) / 8)
+            edge = side_of(far, target)
+        climb, notes = climb_from(problem, origin, target, maximum, bool(edge or far))
+        if far:
+            notes.append(f"{in_words(problem, far)}.")
         here = climb.maximise(climb.start[0])
         if not here.found:
             notes.append(f"The search failed at {target.name} = {climb.number(here.at):.6g}.")
         ends = [_end(climb, here, side, z, edge) for side in (-1, 1)]
-        found = _filled(climb, ends, params, estimate, edge, points)
+        found = _filled(climb, ends, params, estimate, edge, points, bool(far))
     notes = [note] * bool(note) + notes + [end.note for end in ends if end.note]
     notes += _noted(climb, ends, [height for _, height, _ in found], z)
     return Profile(
@@ -180,8 +190,9 @@ def profile(
 def _end(climb: Climb, here: Point, side: int, z: float, edge: int) -> End:
     """The end of the interval on one side of the fit."""
     if side == edge:
-        bound = _bound(climb, side)
-        return End(here.at, bound, f"{climb.target.name} is estimated at its bound {bound:g}.")
+        bound, name = _bound(climb, side), climb.target.name
+        note = f"{name} is estimated at its bound {bound:g}." if math.isfinite(bound) else ""
+        return End(here.at, bound, note)
     inside, outside, note = _walk(climb, here, side, z, edge)
     if outside is None:
         return End(inside.at, math.nan if "failed" in note else _bound(climb, side), note)
@@ -214,13 +225,22 @@ def _walk(
     step = min(step, 1.0) if bounded else step
     last, failures = here, 0
     while abs(last.at - here.at) < limit:
+        step = min(step, 1.001 * limit - abs(last.at - here.at))
         point = climb.maximise(last.at + side * step)
+        if point.blurred:
+            break
         if not point.found:
             failures, step = failures + 1, step / 4
             if failures > 4:
+                if climb.depth_towards(last, side) < z:
+                    break
                 return last, None, f"The search failed beyond {name} = {climb.number(last.at):.6g}."
             continue
         if climb.depth(point) > z:
+            point = climb.again(point, last)
+        if climb.depth(point) > z:
+            if climb.depth_towards(last, side) < z:  # it was the search that fell
+                break
             return last, point, ""
         gained = climb.depth(point) - climb.depth(last)
         step *= min(max(z / 4 / max(gained, 1e-12), 0.5), 2.0)
@@ -236,10 +256,18 @@ def _walk(
 
 
 def _filled(
-    climb: Climb, ends: list[End], params: Params, estimate: float, edge: int, points: int
+    climb: Climb,
+    ends: list[End],
+    params: Params,
+    estimate: float,
+    edge: int,
+    points: int,
+    far: bool,
 ) -> list[tuple[float, float, Params]]:
     """The profile at evenly spaced values on either side: number, height, parameters."""
-    at_fit = climb.start[0]
+    at_fit, fitted = climb.start[0], estimate
+    if edge and far:
+        estimate = climb.number(at_fit)  # values far out would all be one
     below = (points - 1) // 2 if not edge else 0 if edge < 0 else points - 1
     places = [] if edge else [(estimate, at_fit)]
     for side, end, count in zip((-1, 1), ends, (below, points - 1 - below), strict=True):
@@ -253,7 +281,7 @@ def _filled(
     known = [(t, climb.known[at]) for t, at in places]
     found = [(t, point.log_joint, climb.values(point.w)) for t, point in known]
     if edge:
-        found.append((estimate, climb.maximum, dict(params)))
+        found.append((fitted, climb.maximum, dict(params)))
     return sorted(found, key=lambda entry: entry[0])
 
 

@@ -91,7 +91,7 @@ class Bootstrap:
 
     def intervals(self, level: float = 0.95) -> dict[str, tuple[Tensor, Tensor]]:
         """Percentile intervals ``(low, high)`` by parameter: quantiles of the replicates."""
-        if not 0 < level < 1:
+        if isinstance(level, bool) or not isinstance(level, int | float) or not 0 < level < 1:
             raise SettingError(f"intervals: level must be between 0 and 1, got {level!r}.")
 
         def quantile(share: float) -> Params:

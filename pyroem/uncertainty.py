@@ -8,7 +8,8 @@ With ``l(u) = log p(data | u) + log p(u)`` in unconstrained coordinates ``u`` at
 - the outer product ``sum_n w_n s_n s_n'`` of the rows' scores, less the curvature of the prior;
 - the sandwich ``I^-1 (sum_n w_n s_n s_n') I^-1``, right where the model is not.
 
-EM converges at the rate of the largest eigenvalue of ``I_c^-1 I_m``.
+EM converges at the rate of the largest eigenvalue of ``I_c^-1 I_m``, where only assignments are
+missing.
 
 Source: Louis (1982); Oakes (1999); Dempster, Laird and Rubin (1977); White (1982).
 """
@@ -26,6 +27,7 @@ from pyro.distributions import constraints
 from scipy.special import ndtri
 from torch import Tensor
 
+from pyroem._pyro import isolated
 from pyroem.derivatives import (
     Coordinates,
     by_rows,
@@ -35,6 +37,7 @@ from pyroem.derivatives import (
     log_likelihood,
 )
 from pyroem.derivatives import run as trace_of
+from pyroem.diagnose import Sides, endless, in_words, labels_of, listed
 from pyroem.errors import ModelError, SettingError
 from pyroem.mstep.intervals import interval_of
 from pyroem.mstep.update import expected_sum
@@ -43,6 +46,8 @@ from pyroem.structure import Params
 from pyroem.text import aligned
 
 METHODS = ("observed", "louis", "outer", "sandwich")
+STRIDE = 1e-4  # in unconstrained coordinates: of differences of an EM step
+ROUNDING = 1e-12  # of a share: movement that is rounding
 FLAT = 1e-9  # relative: singular values of what does not move a parameter
 SINGULAR = 1e-10  # of the largest eigenvalue, after scaling to a unit diagonal
 STEEP = 0.1  # length of a Newton step, in standard errors, that is still at the maximum
@@ -85,8 +90,7 @@ class Uncertainty:
         positive parameter's interval is symmetric in its logarithm and that of a number between
         bounds in its logit, so that it stays within its bounds.
         """
-        if not 0 < level < 1:
-            raise SettingError(f"intervals: level must be between 0 and 1, got {level!r}.")
+        check_level(level, "intervals")
         if scale not in ("constrained", "unconstrained"):
             raise SettingError(
                 f"intervals: scale must be 'constrained' or 'unconstrained', got {scale!r}."
@@ -154,23 +158,38 @@ class Curvature:
     missing: Tensor
 
 
-def uncertainty(problem: Problem, params: Params, method: str = "observed") -> Uncertainty:
+def check_level(level: float, what: str) -> None:
+    """Raise where ``level`` is no confidence."""
+    if isinstance(level, bool) or not isinstance(level, int | float) or not 0 < level < 1:
+        raise SettingError(f"{what}: level must be between 0 and 1, got {level!r}.")
+
+
+def check_free(problem: Problem, what: str) -> None:
+    """Raise where there is no free parameter to speak of."""
+    if not problem.free:
+        raise ModelError(f"{what}: every parameter is fixed; none is left to speak of.")
+
+
+def uncertainty(
+    problem: Problem, params: Params, method: str = "observed", note: str = ""
+) -> Uncertainty:
     """Standard errors at a maximum; see the module.
 
     Time and memory are those of one second derivative for each coordinate: P passes backwards over
-    the enumerated trace of all rows.
+    the enumerated trace of all rows. The message begins with ``note``.
 
     Raises:
     ------
     SettingError
         For an unknown method.
     ModelError
-        For data in blocks or spread over processes, and where the rows' own scores are needed but
-        the rows are not independent.
+        For data in blocks or spread over processes, where every parameter is fixed, and where the
+        rows' own scores are needed but the rows are not independent.
     """
     if method not in METHODS:
         raise SettingError(f"method: expected one of {', '.join(METHODS)}; got {method!r}.")
     check_in_memory(problem, "uncertainty")
+    check_free(problem, "uncertainty")
     at = coordinates(problem, params)
     u, slope = _differentiable(problem, at)
     if method == "louis":
@@ -180,13 +199,21 @@ def uncertainty(problem: Problem, params: Params, method: str = "observed") -> U
     else:
         information = -rows_of_derivatives(slope, u)
     slope = slope.detach()
-    basis, bounds = directions(at)
+    far = far_off(problem, at, information.diagonal())
+    basis, bounds = directions(at, far)
     meat = basis.T @ _outer(problem, at) @ basis if method == "sandwich" else None
-    return _finish(problem, at, method, basis, bounds, slope, information, meat)
+    notes = [note] if note else []
+    if bounds:
+        notes.append(
+            f"{', '.join(bounds)} at a bound: no standard error there; others hold it fixed."
+        )
+    if far:
+        notes.append(f"{in_words(problem, far)}: no standard error there; others hold it fixed.")
+        bounds = [*bounds, *labels_of(far)]
+    return _finish(at, method, basis, bounds, slope, information, meat, notes)
 
 
 def _finish(
-    problem: Problem,
     at: Coordinates,
     method: str,
     basis: Tensor,
@@ -194,13 +221,12 @@ def _finish(
     slope: Tensor,
     information: Tensor,
     meat: Tensor | None,
+    messages: list[str],
 ) -> Uncertainty:
     own = basis.T @ information @ basis
     own = 0.5 * (own + own.T)
     count = len(at.labels)
     covariance = torch.full((count, count), math.nan, dtype=own.dtype)
-    messages = [f"{', '.join(bounds)} at a bound: no standard error there; others hold it fixed."]
-    messages = messages if bounds else []
     scale = own.diagonal().abs().clamp(min=1e-300).sqrt()
     if not bool(own.isfinite().all()):
         messages.append("The information matrix is not finite: no standard errors.")
@@ -237,8 +263,11 @@ def _finish(
                     label for label, gone in zip(at.labels, lost.tolist(), strict=True) if gone
                 ]
                 messages.append(
-                    "The information matrix is singular: the data do not determine"
-                    f" {_listed(names)}, of which only some combinations are known."
+                    f"The outer product of the scores is nearly singular: it does not determine"
+                    f" {listed(names)}. Use method='observed'."
+                    if method == "outer"
+                    else "The information matrix is singular: the data do not determine"
+                    f" {listed(names)}, of which only some combinations are known."
                 )
     variances = covariance.diagonal().clone()
     for i, label in enumerate(at.labels):
@@ -256,13 +285,23 @@ def _finish(
     )
 
 
-def _listed(names: list[str], most: int = 6) -> str:
-    more = len(names) - most
-    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+def far_off(problem: Problem, at: Coordinates, information: Tensor) -> Sides:
+    """The elements that run to infinity or to a bound, with next to no information left."""
+    suspects, start = {}, 0
+    for name in at.names:
+        width = at.widths[name]
+        if width == at.values[name].numel():
+            own = information[start : start + width].reshape(at.values[name].shape)
+            suspects[name] = ~(own * problem.plan.steps[name] ** 2 > 1) & ~at_bound(at, name)
+        start += width
+    return endless(problem, at.values, suspects)
 
 
-def directions(at: Coordinates) -> tuple[Tensor, list[str]]:
-    """Orthonormal directions of ``u`` that move a parameter, and the elements at a bound."""
+def directions(at: Coordinates, far: Sides | None = None) -> tuple[Tensor, list[str]]:
+    """Orthonormal directions of ``u`` that move a parameter, and the elements at a bound.
+
+    Those in ``far`` stay where they are.
+    """
     size = len(at.vector)
     columns, bounds, row, column = [], list[str](), 0, 0
     for name in at.names:
@@ -273,9 +312,13 @@ def directions(at: Coordinates) -> tuple[Tensor, list[str]]:
         bounds += [
             label for label, low in zip(labels, edge.reshape(-1).tolist(), strict=True) if low
         ]
+        if far and name in far:
+            edge = edge | (far[name] != 0)
         part = torch.where(edge.reshape(-1, 1), 0.0, part)
         lengths = part.norm(dim=0)
         moving = lengths > 1e-5 * part.abs().max() if edge.any() else lengths > 0
+        if at.parameters[name].kind is constraints.simplex:  # not by rounding alone
+            moving = moving & (part.abs() > ROUNDING * value.detach().reshape(-1, 1)).any(0)
         unit = part[:, moving] / lengths[moving]
         right = torch.linalg.svd(unit, full_matrices=False)
         kept = right.Vh[right.S > FLAT].T / lengths[moving][:, None]
@@ -384,21 +427,50 @@ def _prior_hessian(problem: Problem, at: Coordinates) -> Tensor:
 
 
 def rate_matrix(problem: Problem, params: Params) -> Tensor:
-    """``I_c^-1 I_m``: EM's own derivative at a fixed point, in unconstrained coordinates.
+    """EM's own derivative at a fixed point, in unconstrained coordinates: ``I_c^-1 I_m``.
 
     Its eigenvalues lie between 0 and 1; the largest is the rate at which EM converges: that part
-    of the distance which an iteration leaves.
+    of the distance which an iteration leaves. Of directions that the complete data leave open
+    nothing is said. Where a family has latent variables of its own (the scales of Student's t),
+    which EM does not know either, it is found by central differences of an EM step.
 
     Raises:
     ------
     ModelError
-        Where the complete-data information is singular.
+        Where every parameter is fixed, or the fit is at no maximum of the complete data.
     """
     check_in_memory(problem, "rate_matrix")
+    check_free(problem, "rate_matrix")
     at = coordinates(problem, params)
-    found, (basis, _) = curvature(problem, at), directions(at)
+    basis, _ = directions(at)
+    if any(site.family.latent is not None for site in problem.plan.reading.sites.values()):
+        return _jacobian_of_a_step(problem, at, basis)
+    found = curvature(problem, at)
     complete, missing = basis.T @ found.complete @ basis, basis.T @ found.missing @ basis
-    factor, info = torch.linalg.cholesky_ex(0.5 * (complete + complete.T))
-    if int(info):
-        raise ModelError("rate_matrix: the complete-data information is singular here.")
-    return torch.cholesky_solve(missing, factor)
+    complete = 0.5 * (complete + complete.T)
+    scale = complete.diagonal().abs().clamp(min=1e-300).sqrt()
+    values, vectors = torch.linalg.eigh(complete / scale / scale[:, None])
+    kept = values > SINGULAR * values.abs().max()
+    if bool((values < -SINGULAR * values.abs().max()).any()):
+        raise ModelError(
+            "rate_matrix: the complete-data information has a negative eigenvalue: the fit is at no"
+            " maximum."
+        )
+    determined = vectors[:, kept] / scale[:, None]
+    return (determined / values[kept]) @ determined.T @ missing
+
+
+def _jacobian_of_a_step(problem: Problem, at: Coordinates, basis: Tensor) -> Tensor:
+    """The derivative of an EM step along the columns of ``basis``, by central differences."""
+
+    def step(u: Tensor) -> Tensor:
+        params = {name: value.detach() for name, value in at.params(u).items()}
+        with isolated(problem.structure.program.dtype, 0), torch.no_grad():
+            new = problem.m_step(params, problem.e_step(params)[0])
+        return Coordinates(at.parameters, at.names, {**at.values, **new}).vector
+
+    columns = []
+    for direction in basis.T:
+        away = STRIDE * direction
+        columns.append((step(at.vector + away) - step(at.vector - away)) / (2 * STRIDE))
+    return basis.T @ torch.stack(columns, 1)

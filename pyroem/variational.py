@@ -39,7 +39,14 @@ GUIDES: dict[str, Any] = {
 }
 MEDIAN = 401  # draws of a guide that does not know its median
 FINAL = 100  # draws for the ELBO at the end
-WINDOW, PATIENCE = 100, 3  # steps of which the ELBO is averaged; such stretches without a rise
+WINDOW = 100  # steps that are averaged
+SPAN = 3  # windows that are compared with as many before
+PATIENCE = 3  # windows in a row at the end of which nothing rises or drifts
+VISIBLE = 0.5  # nats: the standard error up to which a rise of the mean ELBO can be seen
+DRIFT = 1.0  # of a parameter between two spans, in its standard deviation within windows
+MANY = 1000  # draws for the gradient at the end
+STEEP = 4.0  # standard errors of a gradient that is not zero
+LITTLE = 1e-3  # of a parameter's size, or of one: a drift that does not matter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +76,11 @@ class SVI(MAP):
         What the learning rate has fallen to after ``max_iter`` steps, as a share of ``lr``.
 
     With a guide the objective is an estimate, and ``history`` has its mean over the last 100 steps.
-    The fit has converged when three times in a row the mean of 100 steps is no higher than that of
-    the 100 before, but for two standard errors.
+    Every 100 steps the last 300 are compared with the 300 before. The fit has converged when three
+    times in a row the mean ELBO is no higher, but for a standard error (of half a nat at most, else
+    nothing is seen: give more ``particles``), and the guide's parameters have not drifted: in the
+    mean square by no more than they scatter within 100 steps; and where at last the mean gradient
+    of 1000 draws is zero, but for four standard errors.
     """
 
     optimizer: Any = field(default=clipped_adam.ClippedAdam, kw_only=False)
@@ -114,7 +124,10 @@ class SVI(MAP):
         """When to stop."""
         if self.guide is None:
             return super().rule
-        words = f"the mean ELBO of {WINDOW} steps rises by no more than noise, {PATIENCE} times"
+        words = (
+            f"from {SPAN * WINDOW} steps to the next neither the mean ELBO rises nor the guide"
+            f" drifts by more than noise, {PATIENCE} times"
+        )
         return replace(super().rule, tol=0.0, words=words)
 
     def _make(self, leaves: list[Tensor]) -> Any:
@@ -179,18 +192,21 @@ class Approximation:
         draws, and its standard error.
     note
         Why there is none (NaN), where that is so.
+    point
+        Whether it is a point mass, which has no entropy: its ELBO would bound nothing.
     """
 
     elbo: float
     elbo_error: float
     _draw: Callable[[int], list[Params]]
     note: str = ""
+    point: bool = False
 
     def draw(self, n: int = 1000, seed: int = 0) -> Params:
         """``n`` draws of the parameters (first dim)."""
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:
             raise SettingError(f"draw: n must be a positive integer, got {n!r}.")
-        if self.note:
+        if self.note and not self.point:
             raise ModelError(f"draw: {self.note}")
         with isolated(torch.get_default_dtype(), seed):
             drawn = self._draw(n)
@@ -209,6 +225,8 @@ class _Guided:
         self.program = self.structure.program
         self.names = [n for n, p in self.structure.parameters.items() if p.has_prior]
         self.losses: list[float] = []
+        self.sums: tuple[Tensor, Tensor, Tensor] | None = None  # an origin, and from there
+        self.windows: list[tuple[Tensor, Tensor]] = []  # mean and variance
         self.calm, self.particles = 0, solver.particles
         self.store: Any = None
         self.model = self.program.trainable()
@@ -266,16 +284,75 @@ class _Guided:
             self.losses.append(float(self.svi.step(*args, **kwargs)))
             if hasattr(self.guide, "median") or len(self.losses) % WINDOW == 0:
                 self.at = self._medians()
+        self._watch()
         if len(self.losses) % WINDOW == 0:
-            self.calm = self.calm + 1 if self._level() else 0
+            self.calm = self.calm + 1 if self._level() and self._still() else 0
+            if self.calm >= PATIENCE and not self._flat():
+                self.calm = 0
+
+    def _watch(self) -> None:
+        """Mean and variance of all numbers that are learned, over windows of steps."""
+        values = [v.detach().reshape(-1) for v in self.store["params"].values()]
+        at = torch.cat(values).double() if values else torch.zeros(0, dtype=torch.float64)
+        if self.sums is None:
+            self.sums = at.clone(), torch.zeros_like(at), torch.zeros_like(at)
+        origin, total, squares = self.sums
+        total += at - origin
+        squares += (at - origin) ** 2
+        if len(self.losses) % WINDOW == 0:
+            mean = total / WINDOW
+            self.windows.append((origin + mean, (squares / WINDOW - mean**2).clamp(min=0)))
+            self.sums, self.windows = None, self.windows[-2 * SPAN :]
+
+    def _still(self) -> bool:
+        """Whether what is learned drifts by no more than it scatters."""
+        if len(self.windows) < 2 * SPAN:
+            return False
+        means = torch.stack([mean for mean, _ in self.windows])
+        scatter = torch.stack([variance for _, variance in self.windows]).mean(0)
+        old, new = means[:SPAN].mean(0), means[SPAN:].mean(0)
+        size = torch.maximum(old.abs(), torch.ones_like(old))
+        drift = torch.where((new - old).abs() <= LITTLE * size, 0.0, (new - old) ** 2 / scatter)
+        return not len(drift) or bool(drift.mean() <= DRIFT**2)
+
+    def _flat(self) -> bool:
+        """Whether no element of the ELBO's mean gradient, over fresh draws, differs from zero.
+
+        Nor all of it together (Hotelling's test). Clipped steps can stand still where it does.
+        """
+        args, kwargs = self.program.args, self.program.kwargs
+        with self._own(), torch.enable_grad():
+            leaves = [v for _, v in pyro.get_param_store().named_parameters()]
+            found = []
+            for _ in range(MANY):
+                loss = self._elbo(1).differentiable_loss(self.model, self.guide, *args, **kwargs)
+                own = torch.autograd.grad(loss, leaves, allow_unused=True)
+                found.append(torch.cat([s.reshape(-1) for s in own if s is not None]).double())
+        slopes = torch.stack(found)
+        error = slopes.std(0) / MANY**0.5
+        told = error > 1e-9 * slopes.abs().amax(0)  # else it is no estimate
+        if bool((told & (slopes.mean(0).abs() > STEEP * error)).any()):
+            return False
+        size = int(told.sum())
+        if not size or size > MANY // 10:
+            return True
+        scaled = slopes[:, told] / slopes[:, told].std(0)  # noise that elements share hides less
+        precision = torch.linalg.pinv(scaled.T.cov().reshape(size, size), hermitian=True)
+        mean = scaled.mean(0)
+        return float(MANY * mean @ precision @ mean) <= size + STEEP * (2 * size) ** 0.5 + STEEP**2
 
     def _level(self) -> bool:
-        """Whether the mean of the last steps is above that before by no more than the noise."""
-        if len(self.losses) < 2 * WINDOW:
+        """Whether the mean of the last steps is above that before by no more than the noise.
+
+        And the noise small enough for a rise to be seen.
+        """
+        count = SPAN * WINDOW
+        if len(self.losses) < 2 * count:
             return False
-        new, old = (torch.tensor(self.losses[s]).double() for s in _BLOCKS)
-        error = float(((new.var() + old.var()) / WINDOW).sqrt())
-        return float(old.mean() - new.mean()) <= 2 * error
+        losses = torch.tensor(self.losses[-2 * count :], dtype=torch.float64)
+        old, new = losses[:count], losses[count:]
+        error = float(((new.var() + old.var()) / count).sqrt())
+        return float(old.mean() - new.mean()) <= error <= VISIBLE
 
     def _medians(self) -> Params:
         """The guide's medians, and the points."""
@@ -348,6 +425,9 @@ class _Guided:
         args, kwargs = self.program.args, self.program.kwargs
         with self._own():
             guide = self.guide
+            if isinstance(guide, AutoDelta):
+                note = "a point mass has no entropy, so that its ELBO bounds nothing."
+                return Approximation(math.nan, math.nan, self._drawn(guide), note, point=True)
             if isinstance(guide, AutoLaplaceApproximation):
                 try:
                     guide = self._laplace()
@@ -361,11 +441,12 @@ class _Guided:
             values = [-float(svi.evaluate_loss(*args, **kwargs)) for _ in range(FINAL)]
         found = torch.tensor(values, dtype=torch.float64)
 
+        error = float(found.std() / FINAL**0.5)
+        return Approximation(float(found.mean()), error, self._drawn(guide))
+
+    def _drawn(self, guide: Any) -> Callable[[int], list[Params]]:
         def draw(n: int) -> list[Params]:
             with self._own():
                 return self._draws(n, guide)
 
-        return Approximation(float(found.mean()), float(found.std() / FINAL**0.5), draw)
-
-
-_BLOCKS = (slice(-WINDOW, None), slice(-2 * WINDOW, -WINDOW))
+        return draw

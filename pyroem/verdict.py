@@ -5,16 +5,52 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Protocol
 
-from pyroem.diagnose import MARGIN, collapsed, dead, separated, slope
+import torch
+from torch import Tensor
+
+from pyroem.diagnose import MARGIN, Sides, collapsed, dead, endless, in_words, separated, slope
 from pyroem.guesses import escape
-from pyroem.loop import Outcome, Status, steepest
+from pyroem.loop import Outcome, Status, movement, steepest
 from pyroem.mstep.plan import Rung
+from pyroem.mstep.runs import Expected
 from pyroem.problem import Problem
 from pyroem.race import Start
+from pyroem.structure import Params
 from pyroem.symmetry import coinciding
 
 SADDLE = 1e-5  # nats a row that moving states apart gains at a saddle
+DISTANT, FEW = 4.0, 50  # steps from zero, and elements, that are looked at
+NO_MAXIMUM = "the log-joint has no maximum there; a prior would give one"
 ALIKE = 1e-2  # nats; two states are alike where no log-probability differs by more
+
+
+def _distant(problem: Problem, params: Params) -> dict[str, Tensor]:
+    """The elements that stand far from zero, at most ``FEW``: those that may run to infinity."""
+    found, left = {}, FEW
+    for name in problem.free:
+        parameter, step = problem.structure.parameters[name], problem.plan.steps[name]
+        raw = parameter.unconstrain(params[name])
+        if raw.shape != params[name].shape:
+            continue
+        mask = (raw.abs() > DISTANT * step) & raw.isfinite()
+        mask = mask if parameter.held is None else mask & ~parameter.held
+        left -= int(mask.sum())
+        if bool(mask.any()) and left >= 0:
+            found[name] = mask
+    return found
+
+
+def _settled(
+    problem: Problem, solver: Judged, outcome: Outcome, far: Sides, expected: Expected
+) -> bool:
+    """Whether another EM step changes nothing but the elements that run off."""
+    last = [record.log_joint for record in outcome.history[-2:]]
+    if len(last) < 2 or abs(last[1] - last[0]) > solver.tol * problem.rows:
+        return False
+    params = outcome.state.params
+    new = problem.m_step(params, expected)
+    new.update({n: torch.where(own != 0, params[n], new[n]) for n, own in far.items()})
+    return movement(new, params) <= solver.param_tol
 
 
 class Judged(Protocol):
@@ -28,6 +64,11 @@ class Judged(Protocol):
     @property
     def out_of_iterations(self) -> str:
         """What to say where the iterations ran out."""
+        ...
+
+    @property
+    def param_tol(self) -> float:
+        """The relative change of a parameter at which a run stops."""
         ...
 
     @property
@@ -82,6 +123,12 @@ def judge(problem: Problem, solver: Judged, start: Start, outcome: Outcome) -> O
             message += f"; moving them apart raises the objective by about {gain:.3g}"
             return replace(outcome, status=Status.SYMMETRIC, message=message)
         return replace(outcome, message=f"{message}: fewer states may do")
+    if outcome.status in (Status.CONVERGED, Status.MAX_ITER) and not outcome.message:
+        far = endless(problem, params, _distant(problem, params))
+        if far:
+            outcome = replace(outcome, message=f"{in_words(problem, far)}: {NO_MAXIMUM}")
+            if solver.monotone and _settled(problem, solver, outcome, far, expected):
+                return replace(outcome, status=Status.CONVERGED)
     if outcome.status is Status.MAX_ITER and not outcome.message:
         return replace(outcome, message=solver.out_of_iterations)
     return outcome

@@ -575,3 +575,30 @@ def test_curves_and_surfaces_refuse() -> None:
         fit.surface("loc[0]", "loc[1]", [[1.0]])
     with pytest.raises(SettingError, match="no parameter 'lok'"):
         fit.curve("lok[0]")
+
+
+def classes(y: Tensor) -> None:
+    weights = pyro.param("weights", torch.ones(2) / 2, constraint=constraints.simplex)
+    p = pyro.param("p", SHARES * 0.8 + 0.2 / 3, constraint=constraints.simplex)
+    with pyro.plate("rows", len(y)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("y", dist.Categorical(p[z]).to_event(1), obs=y)
+
+
+SHARES = torch.tensor(
+    [[[0.5, 0.495, 0.005], [0.6, 0.4, 0.0]], [[0.1, 0.2, 0.7], [0.1, 0.3, 0.6]]]
+).double()
+SHARES = torch.cat([SHARES, SHARES * 0.5 + 0.5 * SHARES.flip(-1)], 1)
+
+
+def test_a_bound_that_is_hardly_missed() -> None:
+    """The share is 1e-6: next to the bound the log-joint is as high, wherever the search ends."""
+    generator = torch.Generator().manual_seed(0)
+    z = (torch.rand(300, generator=generator) < 0.5).long()
+    y = [torch.multinomial(SHARES[z, j], 1, generator=generator)[:, 0] for j in range(4)]
+    solver = EM(tol=1e-10, accelerate="anderson")
+    fit = solver.fit(classes, torch.stack(y, 1), init="model")
+    found = fit.profile("p[0, 0, 2]", points=3)
+    assert found.interval[0] == 0
+    assert 0.05 < found.interval[1] < 1
+    assert "failed" not in found.message

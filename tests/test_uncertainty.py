@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -359,3 +360,185 @@ def test_refused() -> None:
         implicit(fit, weights=torch.ones(3))
     with pytest.raises(SettingError, match="level must be between 0 and 1"):
         fit.uncertainty().intervals(95)
+
+
+# ---------------------------------------------------------------------------------------
+# Elements that run to infinity, latent families, what is fixed, what is missing
+
+
+def never(x: Tensor) -> None:
+    weights = pyro.param("weights", torch.ones(2) / 2, constraint=constraints.simplex)
+    logits = pyro.param("logits", torch.tensor([[1.0, 0.5, -1.0, 0.5], [-1.0, -1.0, 0.5, -0.5]]))
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("x", dist.Bernoulli(logits=logits[z]).to_event(1), obs=x)
+
+
+def never_in_one_class() -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    z = (torch.rand(400, generator=generator) < 0.5).long()
+    p = torch.tensor([[0.8, 0.7, 0.2, 0.6], [0.0, 0.2, 0.7, 0.3]])
+    return (torch.rand(400, 4, generator=generator) < p[z]).double()
+
+
+def test_a_logit_that_runs_to_infinity() -> None:
+    fit = EM(max_iter=400).fit(never, never_in_one_class())
+    assert fit.converged
+    assert "logits[1, 0] runs to minus infinity" in fit.message
+    found = fit.uncertainty()
+    assert "logits[1, 0] runs to minus infinity" in found.message
+    missing = found.standard_errors["logits"].isnan()
+    assert missing.nonzero().tolist() == [[1, 0]]
+    ends = fit.profile("logits[1, 0]", points=3).interval
+    assert ends[0] == -math.inf
+    # On the boundary of that interval the log-joint, the rest maximised by EM, is 1.92 lower.
+    held = torch.zeros(2, 4, dtype=torch.bool)
+    held[1, 0] = True
+    start = {n: v.clone() for n, v in fit.params.items()}
+    start["logits"][1, 0] = ends[1]
+    there = EM(fixed={"logits": held}, tol=1e-12).fit(never, never_in_one_class(), init=start)
+    assert fit.log_joint - there.log_joint == pytest.approx(1.9207, abs=1e-3)
+
+
+def student(x: Tensor) -> None:
+    df = pyro.param("df", torch.tensor(5.0), constraint=constraints.positive)
+    loc = pyro.param("loc", torch.tensor(0.0))
+    scale = pyro.param("scale", torch.tensor(1.0), constraint=constraints.positive)
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", dist.StudentT(df, loc, scale), obs=x)
+
+
+def test_light_tails_leave_the_degrees_of_freedom_open() -> None:
+    x = torch.randn(200, generator=torch.Generator().manual_seed(1)).double()
+    start = {"df": torch.tensor(150.0), "loc": x.mean(), "scale": x.std()}
+    fit = EM(max_iter=50).fit(student, x, init=start)
+    assert "df runs to infinity" in fit.message
+    found = fit.uncertainty()
+    assert bool(found.standard_errors["df"].isnan())
+    assert float(found.standard_errors["loc"]) == pytest.approx(float(x.std()) / 200**0.5, rel=0.05)
+    profile = fit.profile("df", points=3)
+    assert profile.interval[1] == math.inf
+    assert "higher" not in profile.message
+    assert "again" not in profile.message
+
+
+def inflated(x: Tensor) -> None:
+    gate = pyro.param("gate", torch.tensor(0.3), constraint=constraints.unit_interval)
+    rate = pyro.param("rate", torch.tensor(1.0), constraint=constraints.positive)
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", dist.ZeroInflatedPoisson(rate, gate=gate), obs=x)
+
+
+def heavy(x: Tensor) -> None:
+    weights = pyro.param("weights", torch.ones(2) / 2, constraint=constraints.simplex)
+    loc = pyro.param("loc", torch.tensor([-1.0, 4.0]))
+    scale = pyro.param("scale", torch.ones(2), constraint=constraints.positive)
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("x", dist.StudentT(torch.tensor(4.0).double(), loc[z], scale[z]), obs=x)
+
+
+@pytest.mark.parametrize("model", [student, inflated, heavy])
+def test_the_rate_counts_what_a_family_does_not_know(model: Any) -> None:
+    """Against the ratio of successive steps of EM itself."""
+    generator = torch.Generator().manual_seed(2)
+    normal = torch.randn(150, generator=generator, dtype=torch.float64)
+    tails = normal / (0.3 + torch.rand(150, generator=generator, dtype=torch.float64))
+    counts = torch.poisson(torch.full((150,), 1.5), generator=generator).double()
+    data = {"student": tails, "heavy": torch.cat([tails, tails + 6])}
+    x = data.get(model.__name__, torch.where(normal > 0.5, 0.0, counts))
+    solver = EM(tol=0, param_tol=1e-12, max_iter=2000, keep_path=True)
+    fit = solver.fit(model, x, init="model")
+    path = [torch.cat([v.reshape(-1) for v in p.values()]) for p in fit.path]
+    i = len(path) // 2
+    ratio = (path[i + 1] - path[i]).norm() / (path[i] - path[i - 1]).norm()
+    assert fit.rate == pytest.approx(float(ratio), abs=2e-3)
+
+
+def three(x: Tensor) -> None:
+    weights = pyro.param("weights", torch.ones(3) / 3, constraint=constraints.simplex)
+    loc = pyro.param("loc", torch.tensor([0.0, 4.0, 9.0]))
+    scale = pyro.param("scale", torch.ones(3), constraint=constraints.positive)
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("x", dist.Normal(loc[z], scale[z]), obs=x)
+
+
+def in_three() -> Tensor:
+    x = torch.randn(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return x + torch.tensor([0.0] * 60 + [4.0] * 80 + [9.0] * 60)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_held_share_leaves_the_others_as_certain_as_each_other(method: str) -> None:
+    held = torch.tensor([True, False, False])
+    start = {"weights": torch.tensor([0.3, 0.4, 0.3])}
+    fit = EM(fixed={"weights": held}, tol=1e-12).fit(three, in_three(), init=start)
+    found = fit.uncertainty(method)
+    errors = found.standard_errors["weights"]
+    assert found.message == ""
+    assert float(errors[0]) == 0
+    assert float(errors[1]) == pytest.approx(float(errors[2]), rel=1e-6)
+    assert 0.02 < float(errors[1]) < 0.05
+    assert 0 < fit.rate < 1
+
+
+def test_an_outer_product_that_is_singular_is_told() -> None:
+    """Six rows' scores do not span eight directions."""
+    x = in_three()[[0, 1, 70, 71, 150, 151]]
+    params = EM().fit(three, in_three()).params
+    fit = EM(max_iter=1).fit(three, x, init=params)
+    assert "outer product of the scores is nearly singular" in fit.uncertainty("outer").message
+
+
+def test_a_collapse_is_said_first() -> None:
+    x = torch.cat([in_three(), torch.full((3,), 20.0, dtype=torch.float64)])
+    start = {"loc": torch.tensor([0.0, 5.0, 20.0]), "scale": torch.tensor([1.0, 3.0, 0.1])}
+    fit = EM().fit(three, x, init=start)
+    assert fit.status.value == "degenerate"
+    assert fit.uncertainty().message.startswith("The fit did not converge: degenerate (scale[2]")
+
+
+def test_nothing_is_free() -> None:
+    fit = EM(fixed={"weights", "loc", "scale"}).fit(three, in_three(), init="model")
+    asked: list[Any] = [partial(fit.uncertainty, m) for m in METHODS]
+    asked += [fit.rate_matrix, lambda: fit.rate, lambda: implicit(fit), lambda: mcmc(fit)]
+    asked += [lambda: fit.profile("loc[0]")]
+    for ask in asked:
+        with pytest.raises(ModelError, match="every parameter is fixed"):
+            ask()
+
+
+def test_influence_with_missing_cells_and_weights_of_numpy() -> None:
+    def masked(x: Tensor) -> None:
+        loc = pyro.param("loc", torch.tensor([0.0, 3.0]))
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(2).double() / 2))
+            pyro.sample("x", dist.Normal(loc[z], 1.0).mask(~x.isnan()), obs=x)
+
+    x = torch.randn(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[20:] += 3
+    x[4] = math.nan
+    solver = EM(tol=1e-15, param_tol=1e-12)
+    fit = solver.fit(masked, x)
+    assert torch.allclose(implicit(fit, weights=np.ones(50))["loc"], fit.params["loc"])
+    own = x.clone().requires_grad_()
+    (found,) = torch.autograd.grad(implicit(fit, own)["loc"][0], own)
+    ends = []
+    for sign in (1, -1):
+        moved = x.clone()
+        moved[0] += sign * 1e-3
+        ends.append(float(solver.fit(masked, moved, init=fit).params["loc"][0]))
+    assert float(found[0]) == pytest.approx((ends[0] - ends[1]) / 2e-3, rel=1e-3)
+    assert float(found[4]) == 0
+
+
+def test_levels_and_indices() -> None:
+    fit = EM().fit(three, in_three())
+    with pytest.raises(SettingError, match="level must be between 0 and 1, got 'a'"):
+        fit.uncertainty().intervals("a")  # type: ignore[arg-type]
+    with pytest.raises(SettingError, match="level must be between 0 and 1, got 'a'"):
+        fit.profile("loc[0]", level="a")  # type: ignore[arg-type]
+    assert fit.curve("loc[-1]", [1.0]).name == "loc[2]"
+    with pytest.raises(SettingError, match="expected one element"):
+        fit.curve("loc[-4]")

@@ -195,6 +195,8 @@ class _Substitute(Messenger):
             fill = {} if vectorising() else self.fill
             given = torch.as_tensor(msg["value"])
             value = torch.as_tensor(fill.get(name, given))
+            if value is not given and value.shape == given.shape:
+                value = torch.where(given.isnan(), value, given)  # with its derivatives
             if self.missing is None:
                 if given.is_floating_point() and bool(given.isnan().any()):
                     msg["fn"] = hide(msg["fn"], ~given.isnan())
