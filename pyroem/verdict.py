@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyroem.diagnose import MARGIN, Sides, collapsed, dead, endless, in_words, separated, slope
+from pyroem.families import forms
 from pyroem.guesses import escape
 from pyroem.loop import Outcome, Status, movement, steepest
 from pyroem.mstep.plan import Rung
@@ -20,6 +21,8 @@ from pyroem.symmetry import coinciding
 
 SADDLE = 1e-5  # nats a row that moving states apart gains at a saddle
 DISTANT, FEW = 4.0, 50  # steps from zero, and elements, that are looked at
+# Forms whose maximiser is a mean of the data, or a spread around one, and so never far from them.
+NEAR = (forms.LOCATION, forms.VECTOR_LOCATION, forms.SCALE, forms.COVARIANCE, forms.MEDIAN)
 NO_MAXIMUM = "the log-joint has no maximum there; a prior would give one"
 ALIKE = 1e-2  # nats; two states are alike where no log-probability differs by more
 
@@ -28,6 +31,8 @@ def _distant(problem: Problem, params: Params) -> dict[str, Tensor]:
     """The elements that stand far from zero, at most ``FEW``: those that may run to infinity."""
     found, left = {}, FEW
     for name in problem.free:
+        if problem.plan.blocks[name].form in NEAR:
+            continue
         parameter, step = problem.structure.parameters[name], problem.plan.steps[name]
         raw = parameter.unconstrain(params[name])
         if raw.shape != params[name].shape:
