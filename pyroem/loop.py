@@ -188,7 +188,8 @@ def iterate(
     keep: Callable[[Course], None] = lambda course: None,
 ) -> Outcome:
     """Step until the objective changes by at most ``tol`` a row and every parameter by at most
-    ``param_tol`` of its size, ``patience`` times in a row; at most ``max_iter`` times.
+    ``param_tol`` of its size, ``patience`` times in a row; at most ``max_iter`` times. A change of
+    the objective within its rounding counts as none where the parameters move by theirs only.
 
     Never raises for a bad fit: the status says what happened. The best point seen is returned.
     ``keep`` is told where the run stands after every iteration that is not its last; given back
@@ -208,6 +209,7 @@ def iterate(
     path = list(course.path)
     calm, still, fallen = course.calm, course.still, course.fallen
     noise = NOISE[problem.structure.program.dtype]
+    rounding = 8 * torch.finfo(problem.structure.program.dtype).eps
     status, message = Status.MAX_ITER, ""
     try:
         keep(course)
@@ -234,7 +236,9 @@ def iterate(
             settled = abs(change) / problem.rows <= tol
             level = new.slope <= steepest(problem, state, rule.tol)
             # How far the parameters moved matters only where the objective did not.
-            moved = movement(new.params, old.params) if settled or change == 0 else math.inf
+            near = settled or abs(change) <= slack
+            moved = movement(new.params, old.params) if near else math.inf
+            settled = settled or moved <= rounding  # the objective is not known better than that
             still = still + 1 if moved == 0 and change == 0 else 0
             calm = calm + 1 if settled and level and moved <= rule.param_tol else 0
             if progress.due():

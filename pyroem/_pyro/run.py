@@ -196,7 +196,7 @@ class _Substitute(Messenger):
             given = torch.as_tensor(msg["value"])
             value = torch.as_tensor(fill.get(name, given))
             if value is not given and value.shape == given.shape:
-                value = torch.where(given.isnan(), value, given)  # with its derivatives
+                value = torch.where(given == value, given, value)  # with its derivatives
             if self.missing is None:
                 if given.is_floating_point() and bool(given.isnan().any()):
                     msg["fn"] = hide(msg["fn"], ~given.isnan())
