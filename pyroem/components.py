@@ -27,7 +27,15 @@ from pyroem.errors import DataError, ModelError, SettingError
 from pyroem.estep import decode
 from pyroem.estep.chain import site_weights
 from pyroem.sequences import observed
-from pyroem.structure import Params, Structure, quoted, seen_cells, whole_of
+from pyroem.structure import (
+    Params,
+    Structure,
+    base_mask,
+    known_part,
+    quoted,
+    seen_cells,
+    whole_of,
+)
 
 MOST_ROWS = 1000  # rows whose own distributions are averaged, where they differ
 
@@ -336,7 +344,8 @@ def sites(structure: Structure) -> dict[str, list[str]]:
         for name, *both in observed(structure, chain):
             found[name] = [site for site in both if site is not None]
     taken = {site for both in found.values() for site in both}
-    return found | {n: [n] for n in structure.observations if n not in taken}
+    data = [n for n in structure.observations if _is_data(structure, n)]
+    return found | {n: [n] for n in data if n not in taken}
 
 
 def _shown(structure: Structure, name: str, states: Mapping[str, int]) -> str:
@@ -346,7 +355,7 @@ def _shown(structure: Structure, name: str, states: Mapping[str, int]) -> str:
             if name in (first, later):
                 before = " before" if name == first and later in states else ""
                 return (chain.name if first == chain.first else first) + before
-    return name
+    return whole_of(name)
 
 
 def _part(
@@ -383,6 +392,7 @@ def _part(
         for own in (weights, priors)
     )
 
+    w, unknown = _as_labelled(run, states, w, rows, full)
     # Those of the bare distribution lie further left: it has the declared event dims in its batch.
     own = {d - declared: size for d, size in full.items()}
     own |= {i - declared: int(n) for i, n in enumerate(node["fn"].event_shape[:declared])}
@@ -397,7 +407,10 @@ def _part(
         return x
 
     arranged(base, look, name)
-    some = torch.linspace(0, len(w) - 1, min(len(w), MOST_ROWS)).round().long() if differs else None
+    some = None
+    if differs:  # by labels too: where the state is known, that of the label stands in all states
+        able = unknown.nonzero().reshape(-1)
+        some = able[torch.linspace(0, len(able) - 1, min(len(able), MOST_ROWS)).round().long()]
     sizes_of = own if differs else {d: 1 if d in inner[0] else n for d, n in own.items()}
 
     def lay(x: Tensor, right: int) -> Tensor:
@@ -409,6 +422,36 @@ def _part(
         return x[:, :, 0] if events else x
 
     return states, _Part(arranged(base, lay, name), value, w, before, some)
+
+
+def _as_labelled(
+    run: Enumerated,
+    states: Mapping[str, int],
+    weights: Tensor,
+    rows: Sequence[int],
+    sizes: Mapping[int, int],
+) -> tuple[Tensor, Tensor]:
+    """Posterior weights that are certain where states are known, and the rows where none is."""
+    unknown = torch.ones(len(weights), dtype=torch.bool)
+    for axis, (z, count) in enumerate(states.items()):
+        node = run.trace.nodes.get(known_part(z)) if whole_of(z) != z else None
+        if node is None:
+            continue
+        label, mask = node["value"], base_mask(node)
+        label = label.argmax(-1) if node["fn"].event_shape else label.long()
+        mask = torch.ones((), dtype=torch.bool) if mask is None else mask
+        own = {d: sizes[d] for d in rows}
+        label, known = (_lay(x, 0, (rows,), own).reshape(-1) for x in (label, mask))
+        whole = weights.reshape(len(weights), *states.values())
+        certain = torch.nn.functional.one_hot(label.clamp(0, count - 1), count).to(weights)
+        shape = [len(weights), *(count if i == axis else 1 for i in range(len(states)))]
+        told = certain.reshape(shape) * whole.sum(axis + 1, keepdim=True)
+        chosen = known.reshape(-1, *(1,) * len(states))
+        weights = torch.where(chosen, told, whole).reshape(weights.shape)
+        unknown &= ~known
+    if not unknown.any():
+        raise ModelError("Every state is known: there is nothing to tell apart.")
+    return weights, unknown
 
 
 def _lay(

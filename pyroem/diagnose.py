@@ -25,6 +25,7 @@ HINT = (
 )
 SPIKE = 9.0  # nats above a density as wide as the data
 UNSEEN = 1e-3  # nats by which the log-joint may fall towards infinity and is flat none the less
+RISES = 1.0  # nats by which it may rise
 REACH = 40  # halvings and doublings of a step
 SEPARATED = 1e-6  # curvature beside that of even odds
 MARGIN = 1.01  # rounding moves an eigenvalue that was lifted to the floor
@@ -192,17 +193,29 @@ Sides = dict[str, Tensor]  # by parameter and element: -1, 0 or 1
 def endless(problem: Problem, params: Params, suspects: Mapping[str, Tensor]) -> Sides:
     """Which of some elements the log-joint lets run off, and to which side, all others held.
 
-    That is where it falls by next to nothing if the element moves far outwards: on the line by
+    That is where it changes by next to nothing if the element moves far outwards: on the line by
     ten times its size, on a half-line (in the logarithm) by a factor of a thousand. Elements
-    without any influence, which may move to either side, are none.
+    without any influence, which may move to either side, are none; nor are those that have a prior.
+    What some of the rows say is asked of all of them; where these are not all here, nothing is
+    found.
     """
-    problem = problem.sample
+    found = _endless(problem.sample, params, suspects)
+    if not found or problem.smaller is None:
+        return found
+    if problem.streamed or problem.everywhere is not None:
+        return {}
+    return _endless(problem, params, {name: own != 0 for name, own in found.items()})
+
+
+def _endless(problem: Problem, params: Params, suspects: Mapping[str, Tensor]) -> Sides:
     found: Sides = {}
     maximum = sum(problem.parts(params))
     for name, mask in suspects.items():
         parameter, step = problem.structure.parameters[name], problem.plan.steps[name]
         interval = interval_of(parameter.constraint)
         if interval is None or not any(map(math.isinf, interval)) or not bool(mask.any()):
+            continue
+        if parameter.has_prior:
             continue
         raw = parameter.unconstrain(params[name])
         line = all(map(math.isinf, interval))
@@ -214,7 +227,8 @@ def endless(problem: Problem, params: Params, suspects: Mapping[str, Tensor]) ->
                 moved = raw.clone()
                 moved[place] += side * away.expand_as(raw)[place]
                 there = {**params, name: parameter.constrain(moved)}
-                if sum(problem.parts(there)) > maximum - UNSEEN:
+                # A fit that has not settled may rise: that is no flatness.
+                if -UNSEEN < sum(problem.parts(there)) - maximum < RISES:
                     free.append(side)
             if len(free) == 1:
                 sides[place] = free[0]

@@ -620,3 +620,26 @@ def test_components_under_the_fits_own_precision() -> None:
     assert parts is not None
     assert float(torch.trapezoid(parts.sum(0), grid)) == pytest.approx(1, abs=1e-3)
     drawn(plot.contours(fit))
+
+
+def test_known_states_are_certain_and_the_others_speak_of_themselves() -> None:
+    x = blobs()[:, 0]
+    labels = torch.cat([torch.zeros(120), torch.ones(80)]).long()
+    known = torch.rand(200, generator=torch.Generator().manual_seed(0)) < 0.6
+
+    def model(x: Tensor, labels: Tensor, known: Tensor) -> None:
+        weights = pyro.param("weights", torch.ones(2) / 2, constraint=constraints.simplex)
+        loc = pyro.param("loc", torch.tensor([0.0, 1.0]))
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Categorical(weights), obs=labels, obs_mask=known)
+            pyro.sample("x", dist.Normal(loc[z], 1.0), obs=x)
+
+    fit = EM(max_iter=3).fit(model, x, labels, known)
+    found = fit.components()
+    assert found.labels == ("z = 0", "z = 1")
+    torch.testing.assert_close(found.weights, fit.responsibilities())
+    torch.testing.assert_close(found.moments[0][:, 0], fit.params["loc"])
+    grid = torch.linspace(-3, 6, 20, **DOUBLE)
+    parts = dist.Normal(fit.params["loc"], 1.0).log_prob(grid[:, None]).exp().T
+    torch.testing.assert_close(found.density(grid), fit.params["weights"][:, None] * parts)
+    drawn(plot.responsibilities(fit))

@@ -542,3 +542,26 @@ def test_levels_and_indices() -> None:
     assert fit.curve("loc[-1]", [1.0]).name == "loc[2]"
     with pytest.raises(SettingError, match="expected one element"):
         fit.curve("loc[-4]")
+
+
+def test_rare_events_and_priors_are_no_infinity() -> None:
+    """What a sample of the rows does not show is no reason to say so."""
+
+    def rare(y: Tensor) -> None:
+        logit = pyro.param("logit", torch.tensor(0.0))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Bernoulli(logits=logit), obs=y)
+
+    y = torch.zeros(50_000)
+    assert "minus infinity" in EM().fit(rare, y).message
+    y[:4] = 1
+    fit = EM().fit(rare, y)
+    assert fit.converged and not fit.message
+    assert float(fit.uncertainty().standard_errors["logit"]) == pytest.approx(0.5, rel=1e-3)
+
+    def vague(y: Tensor) -> None:
+        logit = pyro.sample("logit", dist.Normal(0.0, 1e5))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Bernoulli(logits=logit), obs=y)
+
+    assert "infinity" not in MAP().fit(vague, torch.zeros(50)).message
