@@ -19,12 +19,13 @@ from pyro.distributions import constraints
 from scipy.optimize import minimize
 from torch import Tensor
 
-from pyroem.curves import Index, element, label, moved, support
+from pyroem.curves import Index, element, moved, support
 from pyroem.derivatives import Coordinates, coordinates
 from pyroem.diagnose import Sides, collapsed
 from pyroem.errors import ModelError, SettingError
 from pyroem.problem import Problem
 from pyroem.structure import Params
+from pyroem.text import label
 from pyroem.uncertainty import EDGE, SINGULAR, STEEP, at_bound, directions, far_off, objective
 
 Which = str | Callable[[Params], Tensor]

@@ -23,7 +23,7 @@ from pyroem.errors import SettingError
 from pyroem.mstep.intervals import interval_of
 from pyroem.problem import Problem
 from pyroem.structure import Parameter, Params, check_names
-from pyroem.text import plain
+from pyroem.text import label, plain
 from pyroem.uncertainty import uncertainty
 
 Index = tuple[int, ...]
@@ -191,11 +191,6 @@ def surface(
     at = float(params[one[0]][one[1]]), float(params[two[0]][two[1]])
     names = label(*one), label(*two)
     return Surface(names, (along, across), heights, at, maximum, _missing(heights))
-
-
-def label(name: str, index: Index) -> str:
-    """The name of an element: ``loc[0, 1]``; that of a single number is the parameter's."""
-    return name + (f"[{', '.join(map(str, index))}]" if index else "")
 
 
 def element(parameters: Mapping[str, Parameter], text: Any, argument: str) -> tuple[str, Index]:

@@ -24,6 +24,7 @@ from pyroem.estep.decode import by_unit, log_likelihoods_outside
 from pyroem.problem import Problem
 from pyroem.semiring.logsum import logsumexp
 from pyroem.structure import Parameter, Params, Structure
+from pyroem.text import label
 
 IMPOSSIBLE = -1e100  # in place of the logarithm of zero, whose differences would be NaN
 
@@ -100,11 +101,7 @@ class Coordinates:
         """A name for each element: ``loc[0, 1]``; that of a single number is the parameter's."""
         found: list[str] = []
         for name in self.names:
-            shape = self.values[name].shape
-            found += [
-                name + (f"[{', '.join(map(str, index))}]" if shape else "")
-                for index in product(*map(range, shape))
-            ]
+            found += [label(name, i) for i in product(*map(range, self.values[name].shape))]
         return tuple(found)
 
 

@@ -17,6 +17,7 @@ from pyroem.mstep.runs import Expected, Run
 from pyroem.mstep.sites import SiteModel
 from pyroem.problem import Problem
 from pyroem.structure import Params, from_search, to_search
+from pyroem.text import label
 
 DEAD = 1e-3  # rows
 HINT = (
@@ -273,7 +274,7 @@ def pulled_in(problem: Problem, params: Params, sides: Sides, fall: float) -> Pa
 def labels_of(sides: Sides) -> list[str]:
     """The names of the elements that run off: ``logits[1, 0]``."""
     return [
-        name + (f"[{', '.join(map(str, place))}]" if place else "")
+        label(name, place)
         for name, own in sides.items()
         for place in map(tuple, own.nonzero().tolist())
     ]

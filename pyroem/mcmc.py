@@ -17,7 +17,7 @@ from pyroem.derivatives import check_in_memory
 from pyroem.errors import ModelError, SettingError
 from pyroem.fit import Fit
 from pyroem.structure import Params, quoted
-from pyroem.text import aligned
+from pyroem.text import aligned, label
 from pyroem.uncertainty import check_free
 
 
@@ -44,8 +44,7 @@ class Draws:
             columns = [own[key].reshape(-1).tolist() for key in table[0][1:]]
             places = product(*map(range, own["mean"].shape))
             for place, *numbers in zip(places, *columns, strict=True):
-                index = f"[{', '.join(map(str, place))}]" if place else ""
-                table.append([name + index, *(f"{v:.6g}" for v in numbers)])
+                table.append([label(name, place), *(f"{v:.6g}" for v in numbers)])
         head = f"{draws} draws of the posterior in each of {chains} chain{'s' * (chains > 1)}"
         lost = f"{self.divergences} transitions diverged." if self.divergences else ""
         return "\n".join([head, *aligned(table), *([lost] if lost else [])])

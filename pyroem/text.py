@@ -1,9 +1,9 @@
-"""Tables as text, and results as what JSON can hold."""
+"""Tables and names as text, and results as what JSON can hold."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,12 @@ def in_markdown(table: Sequence[Sequence[str]], left: Collection[int] = (0,)) ->
     escaped = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in table]
     rule = ["---" if i in left else "---:" for i in range(len(table[0]))]
     return "\n".join(f"| {' | '.join(row)} |" for row in [escaped[0], rule, *escaped[1:]])
+
+
+def label(name: str, index: Iterable[int]) -> str:
+    """The name of an element: ``loc[0, 1]``; that of a single number is the parameter's."""
+    inside = ", ".join(map(str, index))
+    return f"{name}[{inside}]" if inside else name
 
 
 def plain(value: Any) -> Any:

@@ -40,7 +40,7 @@ def density(
 ) -> Axes:
     """Draw one column of an observation: its histogram and what was fitted to it.
 
-    The fitted density is that of all rows, each with its own posterior, and the components are its
+    The fitted density is that of the parameters, the mean over the rows, and the components are its
     parts (see :mod:`pyroem.components`); with them a kernel density estimate of the data, with
     Scott's bandwidth. Of counts and categories: relative frequencies, and the fitted probabilities.
 

@@ -19,7 +19,7 @@ from pyroem.plot.style import (
     styled,
 )
 from pyroem.sequences import all_steps, observed
-from pyroem.structure import quoted, seen_cells
+from pyroem.structure import Chain, quoted, seen_cells
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,12 +62,16 @@ def decoded(
     Colours and marks tell the states; the line at the bottom shows them without the data.
     """
     structure = fit.problem.sample.structure
-    values = {name: x for c in structure.chains for name, x in _values(fit, c).items()}
+    values, chains = dict[str, Tensor](), dict[str, Chain]()
+    for one in structure.chains:
+        found = _values(fit, one)
+        values |= found
+        chains |= dict.fromkeys(found, one)
     if not values:
         why = f": {structure.no_chain}" if structure.no_chain else ""
         raise ModelError(f"decoded: the program was not read as a chain of states{why}.")
     name = _chosen(site, values, "site")
-    own = next(c for c in structure.chains if name in _values(fit, c))
+    own = chains[name]
     paths = fit.predict()
     path = paths if isinstance(paths, Tensor) else paths[chain or own.name]
     steps = path.shape[-1]
@@ -108,7 +112,7 @@ def decoded(
     return ax
 
 
-def _values(fit: Fit, chain: Any) -> dict[str, Tensor]:
+def _values(fit: Fit, chain: Chain) -> dict[str, Tensor]:
     """The observations of a chain: its plates, steps, columns; NaN where nothing is seen."""
     structure, nodes = fit.problem.sample.structure, fit.problem.sample.nodes
     found = {}
